@@ -1,0 +1,182 @@
+"""The checks that need more than one setting.
+
+They read the raw configuration rather than the finished settings, so that they also report when something
+unrelated is wrong, and all problems appear at once. Values of the wrong type are passed over: the schema has
+reported those.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import SecretStr
+from pydantic_core import PydanticCustomError
+
+from gateway.config.problems import Finding, Path, did_you_mean, looks_secret, show_path, shown
+from gateway.config.schema import Admin, Server
+from gateway.config.urls import normal_url
+from gateway.config.values import checked_host, is_loopback
+
+# 128 bits, below which a token can be guessed by whoever may try for long enough.
+MIN_TOKEN_BYTES = 16
+
+
+def cross_check(data: dict[str, Any]) -> Iterator[Finding]:
+    """Everything wrong between settings that are each right by themselves."""
+    yield from _listeners(data)
+    yield from _admin_token(data)
+    yield from _sizes(data)
+    yield from _model_names(data)
+    yield from _model_backends(data)
+    yield from _replicas(data)
+
+
+def literal_secrets(data: Any, path: Path = ()) -> Iterator[Finding]:
+    """Every text that looks like a key or a token. Secrets in their proper place were resolved before."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if looks_secret(str(key)):
+                yield Finding(
+                    (*path, key), "a key looks like a secret: a secret in the wrong place", _SECRET_HINT
+                )
+            yield from literal_secrets(value, (*path, key))
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            yield from literal_secrets(value, (*path, index))
+    elif isinstance(data, str) and looks_secret(data):
+        yield Finding(path, "the value looks like a secret: a secret in the wrong place", _SECRET_HINT)
+
+
+_SECRET_HINT = "take it out, and give it where a secret is due as {env: NAME} or {file: PATH}"
+
+
+def _mapping(data: Any, key: str) -> dict[str, Any]:
+    value = data.get(key) if isinstance(data, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _listeners(data: dict[str, Any]) -> Iterator[Finding]:
+    server, admin = _mapping(data, "server"), _mapping(data, "admin")
+    host, port = server.get("host", Server().host), server.get("port", Server().port)
+    tcp = not server.get("uds") and _is_host(host)
+    if tcp and not is_loopback(host) and data.get("auth", "insecure") == "insecure":
+        yield Finding(
+            ("server", "host"),
+            f"auth is insecure, and {shown(host)} can be reached from other machines",
+            "listen on 127.0.0.1 or on a Unix socket (server.uds), behind something that authenticates",
+        )
+    admin_host, admin_port = admin.get("host", Admin().host), admin.get("port", Admin().port)
+    if admin.get("enabled") is False or not _is_host(admin_host):
+        return
+    if not is_loopback(admin_host) and admin.get("token") is None:
+        yield Finding(
+            ("admin", "host"),
+            f"{shown(admin_host)} can be reached from other machines, and admin.token is not set",
+            "set admin.token, or listen on 127.0.0.1",
+        )
+    if tcp and port == admin_port != 0 and _overlap(host, admin_host):
+        yield Finding(
+            ("admin", "port"),
+            f"{shown(port)} is also server.port, on the same host",
+            "give one of them another port",
+        )
+
+
+def _is_host(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(checked_host(value))
+    except PydanticCustomError:
+        return False
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two listeners with the same port would meet."""
+    names = {"127.0.0.1" if host.lower() == "localhost" else host for host in (one, other)}
+    return len(names) == 1 or any(_is_wildcard(host) for host in names)
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _admin_token(data: dict[str, Any]) -> Iterator[Finding]:
+    token = _mapping(data, "admin").get("token")
+    if isinstance(token, SecretStr) and 0 < len(token.get_secret_value().encode()) < MIN_TOKEN_BYTES:
+        yield Finding(
+            ("admin", "token"),
+            f"the token is shorter than {MIN_TOKEN_BYTES} bytes (128 bits)",
+            "make one with: openssl rand -hex 32",
+        )
+
+
+def _sizes(data: dict[str, Any]) -> Iterator[Finding]:
+    server = _mapping(data, "server")
+    body = server.get("max_body_bytes", Server().max_body_bytes)
+    total = server.get("max_in_flight_bytes", Server().max_in_flight_bytes)
+    if isinstance(body, int) and isinstance(total, int) and total < body:
+        yield Finding(
+            ("server", "max_in_flight_bytes"),
+            f"{total} is less than server.max_body_bytes ({body}), so that the largest bodies would never "
+            "get in",
+            f"write at least {body}",
+        )
+
+
+def _model_names(data: dict[str, Any]) -> Iterator[Finding]:
+    """A name that a client can ask for has to mean one model."""
+    models = _mapping(data, "models")
+    taken: dict[str, str] = {}
+    for model in models:
+        aliases = models[model].get("aliases") if isinstance(models[model], dict) else None
+        for index, alias in enumerate(aliases if isinstance(aliases, (list, tuple)) else ()):
+            path: Path = ("models", model, "aliases", index)
+            if not isinstance(alias, str):
+                continue
+            if alias in models:
+                yield Finding(path, f"{shown(alias)} is already the name of a model", "choose another alias")
+            elif alias in taken:
+                yield Finding(
+                    path, f"{shown(alias)} is already an alias, at {taken[alias]}", "keep one of them"
+                )
+            else:
+                taken[alias] = show_path(path)
+
+
+def _model_backends(data: dict[str, Any]) -> Iterator[Finding]:
+    backends = _mapping(data, "backends")
+    for name, model in _mapping(data, "models").items():
+        wanted = model.get("backend") if isinstance(model, dict) else None
+        if isinstance(wanted, str) and wanted not in backends:
+            hint = did_you_mean(wanted, backends) or "add it under backends"
+            yield Finding(("models", name, "backend"), f"{shown(wanted)} is not the name of a backend", hint)
+
+
+def _replicas(data: dict[str, Any]) -> Iterator[Finding]:
+    """Two entries for one engine would double its share; two engines of one name could not be told apart."""
+    for pool, backend in _mapping(data, "backends").items():
+        replicas = backend.get("replicas") if isinstance(backend, dict) else None
+        names: dict[str, int] = {}
+        urls: dict[str, int] = {}
+        for index, replica in enumerate(replicas if isinstance(replicas, (list, tuple)) else ()):
+            if not isinstance(replica, dict):
+                continue
+            path: Path = ("backends", pool, "replicas", index)
+            name, url = replica.get("name") or f"{pool}-{index}", _url_or_none(replica.get("url"))
+            if isinstance(name, str) and names.setdefault(name, index) != index:
+                message = f"{shown(name)} is already the name of replicas[{names[name]}]"
+                yield Finding((*path, "name"), message, "choose another name")
+            if url is not None and urls.setdefault(url, index) != index:
+                message = f"{shown(url)} is already the address of replicas[{urls[url]}]"
+                yield Finding((*path, "url"), message, "name each engine once; use weight to give it more")
+
+
+def _url_or_none(value: Any) -> str | None:
+    try:
+        return normal_url(value) if isinstance(value, str) else None
+    except PydanticCustomError:
+        return None

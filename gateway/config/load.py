@@ -1,0 +1,153 @@
+"""Loading: file, environment, secrets, schema, checks across settings; and one report of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from gateway.config.checks import cross_check, literal_secrets
+from gateway.config.environment import (
+    COMMAND_LINE,
+    ENVIRONMENT,
+    Overrides,
+    apply_command_line,
+    apply_environment,
+)
+from gateway.config.lines import Document, read_document
+from gateway.config.problems import ConfigError, Finding, Path, Problem, did_you_mean, show_path
+from gateway.config.schema import RESTART_ONLY, Settings
+from gateway.config.secrets import referenced_variables, resolve, secret_places
+from gateway.config.translate import findings_of
+from gateway.config.tree import is_mapping, model_of
+
+DEFAULTS = "configuration"
+"""What a problem names as its file when no file was given."""
+
+_NO_MODELS = ("no models configured", "add at least one under models, and its backend under backends")
+
+
+def load(
+    path: FilePath | None,
+    environ: Mapping[str, str],
+    options: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the configuration, or raise a `ConfigError` with everything that is wrong.
+
+    `environ` is the process environment: overrides (`TIDEGATE_...`) and the variables that secrets refer to.
+    `options` are command-line options as dotted settings (`{"server.port": "7500"}`); they win over both.
+    Without a path, defaults and environment alone are used, and having no models is allowed.
+    """
+    document = Document(DEFAULTS) if path is None else read_document(path)
+    if not document.readable:
+        raise ConfigError(document.problems)
+    data = document.data
+    findings = list(_unknown_sections(data))
+    prefix, delimiter = (
+        Settings.model_config["env_prefix"],
+        Settings.model_config["env_nested_delimiter"] or "__",
+    )
+    overrides = apply_environment(Settings, data, environ, prefix, delimiter)
+    apply_command_line(Settings, data, options or {}, overrides)
+
+    places = list(secret_places(Settings, data))
+    mentioned = referenced_variables(places)
+    folder = FilePath() if path is None else path.parent
+    findings += resolve(places, environ, folder, overrides.from_environment)
+
+    settings = _validated(data, findings)
+    findings += [*literal_secrets(data), *cross_check(data)]
+    if path is not None and not data.get("models"):
+        findings.append(Finding(("models",), *_NO_MODELS))
+
+    problems = document.problems + _placed(findings, document, overrides)
+    problems += [problem for name, problem in overrides.problems.items() if name not in mentioned]
+    if settings is None or problems:
+        raise ConfigError(sorted(set(problems), key=_order))
+    return settings
+
+
+def require_models(settings: Settings, file: str = DEFAULTS) -> None:
+    """Refuse to serve a configuration in which there is nothing to serve."""
+    if not settings.models:
+        raise ConfigError([Problem(file, None, "models", *_NO_MODELS)])
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the file, for editors that complete and check it."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Settings.model_json_schema(mode="validation"),
+        "title": "Tidegate configuration",
+        "description": "The file given to tidegate serve --config.",
+    }
+
+
+def restart_only_changes(old: Settings, new: Settings) -> list[str]:
+    """The settings that differ but only take effect after a restart, such as `server.port`."""
+    changed: list[str] = []
+    for root in RESTART_ONLY:
+        before, after = _at(old, root), _at(new, root)
+        if isinstance(before, BaseModel):
+            fields = type(before).model_fields
+            changed += [f"{root}.{name}" for name in fields if getattr(before, name) != getattr(after, name)]
+        elif before != after:
+            changed.append(root)
+    return changed
+
+
+def _at(settings: Settings, path: str) -> Any:
+    value: Any = settings
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _unknown_sections(data: dict[str, Any]) -> Iterator[Finding]:
+    """Take unknown keys off the top, where pydantic-settings would read some as options of its own.
+
+    A section with nothing in it (all its lines commented out) means its defaults.
+    """
+    fields = Settings.model_fields
+    for key in list(data):
+        if key not in fields:
+            del data[key]
+            yield Finding((key,), "is not a known setting", did_you_mean(key, fields))
+        elif data[key] is None and (model_of(fields[key].annotation) or is_mapping(fields[key].annotation)):
+            del data[key]
+
+
+def _validated(data: dict[str, Any], findings: list[Finding]) -> Settings | None:
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        findings += findings_of(error)
+        return None
+
+
+def _placed(findings: list[Finding], document: Document, overrides: Overrides) -> list[Problem]:
+    """Say for each finding whether the file, a variable or the command line is to blame."""
+    problems = []
+    seen: set[tuple[Path, str]] = set()
+    for finding in findings:
+        if (finding.path, finding.message) in seen:
+            continue
+        seen.add((finding.path, finding.message))
+        origin = overrides.origin_of(finding.path)
+        where = show_path(finding.path)
+        if origin is None:
+            line = document.line_of(finding.path)
+            problems.append(Problem(document.file, line, where, finding.message, finding.hint))
+        else:
+            source, name = origin
+            message = f"{name}: {finding.message}" if name else finding.message
+            problems.append(Problem(source, None, where, message, finding.hint))
+    return problems
+
+
+def _order(problem: Problem) -> tuple[int, int, str, str]:
+    """By line, then what no line is known of; the environment and the command line last."""
+    late = {ENVIRONMENT: 1, COMMAND_LINE: 2}.get(problem.file, 0)
+    return (late, problem.line or 0, problem.path, problem.message)

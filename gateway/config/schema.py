@@ -1,0 +1,278 @@
+"""The settings tree: every setting with its meaning, unit, bounds, default and the reason for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from gateway.config.secrets import Secret
+from gateway.config.upstreams import Backend, Model, Timeouts
+from gateway.config.values import (
+    HOUR_S,
+    NAME,
+    Auth,
+    DatabaseUrl,
+    FilePath,
+    Host,
+    ModelName,
+    Name,
+    Number,
+    Section,
+    SocketPath,
+    Store,
+    Switch,
+    Whole,
+)
+
+RESTART_ONLY = ("server", "admin", "usage_log", "database", "store")
+"""What a running gateway cannot change: its listeners and where its state and records go. The rest is reloaded."""
+
+
+class Server(Section):
+    """The listener for clients: `/v1/...`, `/livez`, `/readyz`."""
+
+    host: Host = Field(
+        default="127.0.0.1",
+        description="Address or host name to listen on. Loopback: nothing is exposed before you decide to.",
+    )
+    port: Whole = Field(
+        default=7400,
+        ge=0,
+        le=65535,
+        description="TCP port. 0 takes any free one. 7400 is seldom used by others.",
+    )
+    uds: SocketPath | None = Field(
+        default=None,
+        description="Path of a Unix socket to listen on instead of host and port. Null: TCP.",
+        examples=["/run/tidegate/tidegate.sock"],
+    )
+    edge: Literal["protocol", "asgi"] = Field(
+        default="protocol",
+        description="How hot routes are served: `protocol` straight from the HTTP parser, `asgi` through "
+        "the framework. "
+        "The behaviour is the same; `protocol` costs less CPU.",
+    )
+    max_body_bytes: Whole = Field(
+        default=10_485_760,
+        ge=1024,
+        le=1_073_741_824,
+        description="Largest request body, in bytes; a larger one is answered with 413. "
+        "10 MiB hold a million tokens of text or a few images.",
+    )
+    max_header_bytes: Whole = Field(
+        default=32_768,
+        ge=1024,
+        le=1_048_576,
+        description="Largest request head, in bytes; a larger one is answered with 431. "
+        "32 KiB leave room for long tokens and tracing headers.",
+    )
+    max_header_count: Whole = Field(
+        default=100,
+        ge=8,
+        le=1000,
+        description="Header fields in one request. 100 are far more than clients send.",
+    )
+    max_connections: Whole = Field(
+        default=10_000,
+        ge=1,
+        le=1_000_000,
+        description="Client connections open at once. 10000 idle ones fit in a small machine's memory; "
+        "raise the limit of open files with it.",
+    )
+    max_in_flight_bytes: Whole = Field(
+        default=536_870_912,
+        ge=1024,
+        le=1_099_511_627_776,
+        description="Request bodies held in memory at once, all requests together, in bytes. "
+        "512 MiB bound what a burst of large requests can take; at least max_body_bytes.",
+    )
+    header_timeout_s: Number = Field(
+        default=10.0,
+        gt=0,
+        le=HOUR_S,
+        description="Seconds for a client to send a complete request head. Ten end slow-header attacks.",
+    )
+    body_timeout_s: Number = Field(
+        default=30.0,
+        gt=0,
+        le=HOUR_S,
+        description="Seconds for a client to send a complete body. Thirty carry 10 MiB over 3 Mbit/s.",
+    )
+    write_stall_timeout_s: Number = Field(
+        default=30.0,
+        gt=0,
+        le=HOUR_S,
+        description="Seconds a client may leave its answer unread before the connection is cut, "
+        "which also stops the engine. Thirty outlast a hiccup of a mobile network.",
+    )
+    keep_alive_s: Number = Field(
+        default=75.0,
+        gt=0,
+        le=HOUR_S,
+        description="Seconds an idle client connection is kept. 75 exceed the 60 of common load balancers, "
+        "so that the balancer closes first and no request is lost to the race.",
+    )
+
+
+class Shutdown(Section):
+    """How the gateway stops."""
+
+    grace_s: Number = Field(
+        default=5.0,
+        ge=0,
+        le=HOUR_S,
+        description="Seconds to go on accepting requests after /readyz turns red. Five let balancers notice.",
+    )
+    drain_s: Number = Field(
+        default=300.0,
+        ge=0,
+        le=HOUR_S * 24,
+        description="Seconds for running requests to finish before they are cut. Five minutes end nearly "
+        "every stream; "
+        "give the process supervisor a little more than both together.",
+    )
+
+
+class Admin(Section):
+    """The listener for operators: `/metrics`, `/admin/...`."""
+
+    enabled: Switch = Field(
+        default=True,
+        description="Whether the admin listener runs. On: it is only reachable from this machine.",
+    )
+    host: Host = Field(
+        default="127.0.0.1",
+        description="Address to listen on. Loopback: anything else needs a token, so that it is closed by "
+        "default.",
+    )
+    port: Whole = Field(
+        default=7401, ge=0, le=65535, description="TCP port. 0 takes any free one. One above the server's."
+    )
+    token: Secret | None = Field(
+        default=None,
+        description="Bearer token for the admin listener, at least 16 bytes, as a reference {env: NAME} or "
+        "{file: PATH}. "
+        "Null: no token is asked for, which only loopback allows.",
+    )
+
+
+class Stream(Section):
+    """How streams are relayed."""
+
+    hold_s: Number = Field(
+        default=15.0,
+        ge=0,
+        le=HOUR_S,
+        description="Seconds the response head may be held back while waiting for the first token. Until "
+        "then a failure "
+        "still gets its true status or another replica. Fifteen stay below common client and proxy timeouts.",
+    )
+    heartbeat_s: Number = Field(
+        default=15.0,
+        gt=0,
+        le=HOUR_S,
+        description="Seconds of silence after which a comment is sent to keep the stream open. "
+        "Fifteen stay well below the 60 of common load balancers.",
+    )
+    max_event_bytes: Whole = Field(
+        default=1_048_576,
+        ge=4096,
+        le=268_435_456,
+        description="Largest single event of a stream, in bytes. 1 MiB is far above any real event "
+        "and bounds what a broken engine can make the gateway hold.",
+    )
+
+
+class UsageLog(Section):
+    """The record of exchanges."""
+
+    path: FilePath | None = Field(
+        default=None,
+        description="File that gets one JSON line per exchange. Null: records are only kept in memory, "
+        "so that nothing is written to disk unasked.",
+        examples=["/var/log/tidegate/usage.jsonl"],
+    )
+
+
+class Settings(BaseSettings):
+    """Tidegate's configuration.
+
+    Build it with `load`: constructed directly it reads neither file nor environment and skips the checks
+    that need more than one setting.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        validate_default=True,
+        env_prefix="TIDEGATE_",
+        env_nested_delimiter="__",
+    )
+
+    server: Server = Field(default=Server(), description="The listener for clients.")
+    shutdown: Shutdown = Field(default=Shutdown(), description="How the gateway stops.")
+    admin: Admin = Field(default=Admin(), description="The listener for operators.")
+    auth: Annotated[Literal["insecure"], Auth] = Field(
+        default="insecure",
+        description="Who may send requests. `insecure`: whoever can connect, so it is only allowed on "
+        "loopback "
+        "and Unix sockets. It is the only value of this version.",
+    )
+    store: Annotated[Literal["memory"], Store] = Field(
+        default="memory",
+        description="Where shared state lives. `memory`, in the process, is the only value so far.",
+    )
+    database: DatabaseUrl = Field(
+        default="sqlite:///tidegate.db",
+        description="Database for what must survive a restart, sqlite or postgresql. Accepted but not used "
+        "yet.",
+    )
+    usage_log: UsageLog = Field(default=UsageLog(), description="The record of exchanges.")
+    stream: Stream = Field(default=Stream(), description="How streams are relayed.")
+    models: Mapping[ModelName, Model] = Field(
+        default={}, description="The models that clients may ask for, by name."
+    )
+    backends: Mapping[Name, Backend] = Field(default={}, description="The pools of replicas, by name.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in counts: `load` merges file and environment, and knows every line."""
+        return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_replicas(cls, data: Any) -> Any:
+        """Give every replica without a name its default, `<backend>-<position>`."""
+        if not isinstance(data, dict) or not isinstance(data.get("backends"), dict):
+            return data
+        return {**data, "backends": {pool: _with_names(pool, raw) for pool, raw in data["backends"].items()}}
+
+    def effective_timeouts(self, model: str) -> Timeouts:
+        """The timeouts of a model (by its name, not an alias): its own where given, else its backend's."""
+        chosen = self.models[model]
+        overrides = {name: value for name, value in chosen.timeouts if value is not None}
+        return self.backends[chosen.backend].timeouts.model_copy(update=overrides)
+
+
+def _with_names(pool: Any, backend: Any) -> Any:
+    if not re.fullmatch(NAME, str(pool)):  # reported as such; names made from it would only repeat that
+        return backend
+    if not isinstance(backend, dict) or not isinstance(backend.get("replicas"), (list, tuple)):
+        return backend
+    named = [
+        {**raw, "name": raw.get("name") or f"{pool}-{index}"} if isinstance(raw, dict) else raw
+        for index, raw in enumerate(backend["replicas"])
+    ]
+    return {**backend, "replicas": named}

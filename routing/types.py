@@ -1,0 +1,112 @@
+"""The vocabulary of routing: what is asked, who could answer, and what was decided.
+
+`Replica` is the one mutable type. A worker's event loop is its only writer, so choosing a replica and reserving
+it must happen without an `await` in between; then no two requests can see the same free place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from routing.health import Cooldown
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """One inference call, reduced to what a routing decision may depend on."""
+
+    id: str
+    model: str
+    """The name the caller's model resolved to (an alias is resolved before)."""
+    stream: bool
+    prompt_bytes: int
+    """Size of the request body, the cheapest stand-in for prompt length."""
+    max_output_tokens: int | None = None
+    regions: tuple[str, ...] = ()
+    """The only regions the request may be served in; empty means any."""
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One model server as the router sees it: what it is, how busy it is, whether it may be used."""
+
+    name: str
+    pool: str
+    url: str
+    engine: str
+    region: str | None = None
+    weight: float = 1.0
+    """Share of work relative to the other replicas of its pool, above 0."""
+    max_in_flight: int | None = None
+    in_flight: int = 0
+    in_flight_bytes: int = 0
+    cooldown: Cooldown = field(default_factory=Cooldown)
+
+    def unavailable_reason(self, now: float) -> str | None:
+        """Why no request may go here at `now` (seconds, any monotonic clock); None when one may."""
+        if self.cooldown.active(now):
+            return "cooling_down"
+        if self.max_in_flight is not None and self.in_flight >= self.max_in_flight:
+            return "full"
+        return None
+
+    def available(self, now: float) -> bool:
+        return self.unavailable_reason(now) is None
+
+    def reserve(self, request: InferenceRequest) -> Reservation:
+        """Hold one place for the length of a `with` block; released on every way out."""
+        return Reservation(self, request.prompt_bytes)
+
+
+class Reservation:
+    """One place at a replica. A class, since a generator-based context manager costs three times as much."""
+
+    __slots__ = ("_prompt_bytes", "_replica")
+
+    def __init__(self, replica: Replica, prompt_bytes: int) -> None:
+        self._replica = replica
+        self._prompt_bytes = prompt_bytes
+
+    def __enter__(self) -> None:
+        self._replica.in_flight += 1
+        self._replica.in_flight_bytes += self._prompt_bytes
+
+    def __exit__(self, *_: object) -> None:
+        self._replica.in_flight -= 1
+        self._replica.in_flight_bytes -= self._prompt_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """A replica that was not considered, and the low-cardinality reason why."""
+
+    replica: Replica
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy answered: the replica, or None when every candidate was excluded."""
+
+    replica: Replica | None
+    reason: str
+    """Why this replica, for the `x-tidegate-route-reason` header; low cardinality."""
+    excluded: Sequence[Exclusion] = ()
+
+
+class Policy(Protocol):
+    """Chooses a replica. Synchronous, without I/O, and free of clocks: `now` is an argument.
+
+    `tried` holds replicas that already failed this request; a policy never returns one of them, nor one that is
+    full. One that is cooling down is returned only when nothing else is left.
+    """
+
+    def decide(
+        self,
+        request: InferenceRequest,
+        replicas: Sequence[Replica],
+        now: float,
+        tried: Sequence[Replica] = (),
+    ) -> Decision: ...

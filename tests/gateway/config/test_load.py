@@ -1,0 +1,199 @@
+"""Loading: precedence, defaults, normalised values, and the example files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from gateway.config import ConfigError, Settings, json_schema, load, require_models, restart_only_changes
+from gateway.config.schema import Server
+from gateway.config.tree import setting_paths
+
+ROOT = Path(__file__).parents[3]
+TOKEN = "0123456789abcdef"
+
+MINIMAL = """\
+models:
+  chat: {backend: pool}
+backends:
+  pool:
+    engine: sglang
+    replicas:
+      - {url: "http://127.0.0.1:30000"}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "tidegate.yaml"
+    path.write_text(text)
+    return path
+
+
+def with_url(folder: Path, url: str) -> Settings:
+    return load(write(folder, MINIMAL.replace("http://127.0.0.1:30000", url)), {})
+
+
+def test_defaults_alone_are_valid() -> None:
+    settings = load(None, {})
+    assert settings == Settings()
+    assert (settings.server.port, settings.admin.port, settings.auth) == (7400, 7401, "insecure")
+
+
+def test_an_unrelated_environment_and_the_process_environment_do_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TIDEGATE_SERVER__PORT", "1")
+    assert load(None, {"PATH": "/bin", "SERVER__PORT": "2"}).server.port == 7400
+    assert Settings().server.port == 7400
+
+
+def test_command_line_wins_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "server: {port: 7001, keep_alive_s: 9}\n")
+    environ = {"TIDEGATE_SERVER__PORT": "7002"}
+    assert load(path, {}).server.port == 7001
+    assert load(path, environ).server.port == 7002
+    assert load(path, environ).server.keep_alive_s == 9
+    assert load(path, environ, {"server.port": "7003"}).server.port == 7003
+
+
+def test_nothing_can_be_changed() -> None:
+    settings = load(None, {})
+    with pytest.raises(ValidationError):
+        settings.server.port = 1
+    with pytest.raises(ValidationError):
+        settings.auth = "insecure"
+
+
+def test_settings_survive_the_way_to_a_worker_process(tmp_path: Path) -> None:
+    settings = load(write(tmp_path, MINIMAL), {"TIDEGATE_ADMIN__TOKEN": TOKEN})
+    copy = pickle.loads(pickle.dumps(settings))
+    assert copy == settings
+    assert copy.admin.token.get_secret_value() == TOKEN
+
+
+def test_replicas_are_named_after_their_pool_and_position(tmp_path: Path) -> None:
+    text = MINIMAL + '      - {url: "http://b", name: big}\n      - {url: "http://c", name: null}\n'
+    names = [replica.name for replica in load(write(tmp_path, text), {}).backends["pool"].replicas]
+    assert names == ["pool-0", "big", "pool-2"]
+
+
+@pytest.mark.parametrize(
+    ("written", "origin", "prefix"),
+    [
+        ("http://127.0.0.1:30000", "http://127.0.0.1:30000", ""),
+        ("http://127.0.0.1:30000/", "http://127.0.0.1:30000", ""),
+        ("http://127.0.0.1:30000/v1", "http://127.0.0.1:30000", ""),
+        ("http://127.0.0.1:30000/v1/", "http://127.0.0.1:30000", ""),
+        ("HTTP://Engine.Local", "http://engine.local:80", ""),
+        ("https://openrouter.ai/api/v1", "https://openrouter.ai:443", "/api"),
+        ("https://example.com/a/b/", "https://example.com:443", "/a/b"),
+        ("http://engine_1:8000", "http://engine_1:8000", ""),
+        ("http://[::1]:30000/v1", "http://[::1]:30000", ""),
+        ("http+unix://%2Frun%2Fllama.sock", "http+unix://%2Frun%2Fllama.sock", ""),
+        ("http+unix://%2frun%2fLlama.sock/v1", "http+unix://%2Frun%2FLlama.sock", ""),
+    ],
+)
+def test_replica_urls_are_taken_apart(tmp_path: Path, written: str, origin: str, prefix: str) -> None:
+    replica = with_url(tmp_path, written).backends["pool"].replicas[0]
+    assert (replica.origin, replica.path_prefix) == (origin, prefix)
+    assert replica.url == origin + prefix
+
+
+def test_a_models_timeouts_override_its_backends_one_by_one(tmp_path: Path) -> None:
+    text = MINIMAL.replace("{backend: pool}", "{backend: pool, timeouts: {idle_s: 7}}")
+    settings = load(write(tmp_path, text + "    timeouts: {idle_s: 5, total_s: 50}\n"), {})
+    timeouts = settings.effective_timeouts("chat")
+    assert (timeouts.connect_s, timeouts.idle_s, timeouts.total_s) == (2, 7, 50)
+
+
+def test_cached_tokens_cost_the_same_unless_told_otherwise(tmp_path: Path) -> None:
+    text = MINIMAL.replace("{backend: pool}", "{backend: pool, price: {input: 2, output: 3}}")
+    price = load(write(tmp_path, text), {}).models["chat"].price
+    assert price is not None
+    assert (price.input, price.cached_input, price.output) == (2, 2, 3)
+
+
+def test_a_model_without_a_price_has_none(tmp_path: Path) -> None:
+    assert load(write(tmp_path, MINIMAL), {}).models["chat"].price is None
+
+
+def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:
+    assert load(write(tmp_path, MINIMAL + "server:\nstream:\n"), {}).server == Server()
+
+
+def test_an_alias_in_yaml_is_a_copy(tmp_path: Path) -> None:
+    text = MINIMAL + "    timeouts: &t {idle_s: 5}\n  other:\n    engine: vllm\n    timeouts: *t\n"
+    text += "    replicas: [{url: http://o}]\n"
+    settings = load(write(tmp_path, text), {"TIDEGATE_BACKENDS__POOL__TIMEOUTS__IDLE_S": "9"})
+    assert settings.backends["pool"].timeouts.idle_s == 9
+    assert settings.backends["other"].timeouts.idle_s == 5
+
+
+def test_merge_keys_work(tmp_path: Path) -> None:
+    text = MINIMAL + "    timeouts: &t {idle_s: 5, total_s: 50}\n  other:\n    engine: vllm\n"
+    text += "    timeouts: {<<: *t, idle_s: 6}\n    replicas: [{url: http://o}]\n"
+    timeouts = load(write(tmp_path, text), {}).backends["other"].timeouts
+    assert (timeouts.idle_s, timeouts.total_s) == (6, 50)
+
+
+def test_serving_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="models: no models configured"):
+        require_models(load(None, {}))
+    with pytest.raises(ConfigError, match="no models configured"):
+        load(write(tmp_path, ""), {})
+    require_models(load(write(tmp_path, MINIMAL), {}))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_example_loads(path: Path) -> None:
+    secrets = {"OPENROUTER_API_KEY": "a", "SPILL_API_KEY": "b", "GATEWAY_ADMIN_TOKEN": TOKEN}
+    assert load(path, secrets).models
+
+
+def test_the_complete_example_has_every_setting() -> None:
+    text = (ROOT / "configs" / "example.yaml").read_text()
+    missing = [path for path, _ in setting_paths(Settings) if f"{path.rpartition('.')[2]}:" not in text]
+    assert not missing
+
+
+def test_every_setting_and_its_default_is_documented() -> None:
+    rows = (ROOT / "docs" / "configuration.md").read_text().splitlines()
+    for path, definition in setting_paths(Settings):
+        row = next((row for row in rows if row.startswith(f"| `{path}` |")), None)
+        assert row is not None, f"docs/configuration.md does not explain {path}"
+        default = definition.default
+        if isinstance(default, float):
+            assert f"| `{default:g}` |" in row
+        elif isinstance(default, (int, str)) and default != "":
+            assert f"| `{default}` |".lower() in row.lower()
+
+
+def test_every_setting_has_a_description() -> None:
+    assert [path for path, definition in setting_paths(Settings) if not definition.description] == []
+
+
+def test_the_json_schema_describes_every_field_and_shows_secrets_as_references() -> None:
+    schema = json_schema()
+    json.dumps(schema)
+    fields = [field for part in schema["$defs"].values() for field in part["properties"].values()]
+    assert all("description" in field or "$ref" in field for field in fields)
+    references = schema["$defs"]["Backend"]["properties"]["api_key"]["anyOf"][0]["oneOf"]
+    assert [list(one["properties"]) for one in references] == [["env"], ["file"]]
+    assert schema["additionalProperties"] is False
+
+
+def test_what_needs_a_restart_is_named(tmp_path: Path) -> None:
+    old = load(write(tmp_path, MINIMAL), {})
+    new = load(
+        write(
+            tmp_path,
+            MINIMAL.replace("30000", "30001") + "server: {port: 1, host: '::1'}\ndatabase: sqlite:///x\n",
+        ),
+        {"TIDEGATE_ADMIN__PORT": "2", "TIDEGATE_ADMIN__TOKEN": TOKEN},
+    )
+    assert restart_only_changes(old, old) == []
+    assert restart_only_changes(old, new) == ["server.host", "server.port", "admin.port", "admin.token", "database"]
