@@ -1,0 +1,1 @@
+"""Load tests: a scriptable fake engine, load generators and the benchmark runner. Not installed."""
