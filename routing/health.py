@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 FIRST_COOLDOWN_S = 0.5
 MAX_COOLDOWN_S = 10.0
+_DOUBLINGS = 16
+"""More than it takes to reach the maximum; unbounded, the power overflows after some hours of a dead fleet."""
 
 
 @dataclass(slots=True)
@@ -29,7 +31,7 @@ class Cooldown:
     def failed(self, now: float) -> None:
         if self.active(now):
             return
-        self.until = now + min(MAX_COOLDOWN_S, FIRST_COOLDOWN_S * 2.0**self.failures)
+        self.until = now + min(MAX_COOLDOWN_S, FIRST_COOLDOWN_S * 2.0 ** min(self.failures, _DOUBLINGS))
         self.failures += 1
 
     def succeeded(self) -> None:

@@ -46,10 +46,11 @@ class Replica:
 
     def unavailable_reason(self, now: float) -> str | None:
         """Why no request may go here at `now` (seconds, any monotonic clock); None when one may."""
-        if self.cooldown.active(now):
-            return "cooling_down"
+        # The limit comes first: a policy may decide to ignore a cool-down, never a full replica.
         if self.max_in_flight is not None and self.in_flight >= self.max_in_flight:
             return "full"
+        if self.cooldown.active(now):
+            return "cooling_down"
         return None
 
     def available(self, now: float) -> bool:

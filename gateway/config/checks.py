@@ -38,9 +38,7 @@ def literal_secrets(data: Any, path: Path = ()) -> Iterator[Finding]:
     if isinstance(data, dict):
         for key, value in data.items():
             if looks_secret(str(key)):
-                yield Finding(
-                    (*path, key), "a key looks like a secret: a secret in the wrong place", _SECRET_HINT
-                )
+                yield Finding((*path, key), "a key looks like a secret: a secret in the wrong place", _SECRET_HINT)
             yield from literal_secrets(value, (*path, key))
     elif isinstance(data, list):
         for index, value in enumerate(data):
@@ -121,8 +119,7 @@ def _sizes(data: dict[str, Any]) -> Iterator[Finding]:
     if isinstance(body, int) and isinstance(total, int) and total < body:
         yield Finding(
             ("server", "max_in_flight_bytes"),
-            f"{total} is less than server.max_body_bytes ({body}), so that the largest bodies would never "
-            "get in",
+            f"{total} is less than server.max_body_bytes ({body}), so that the largest bodies would never get in",
             f"write at least {body}",
         )
 
@@ -140,9 +137,7 @@ def _model_names(data: dict[str, Any]) -> Iterator[Finding]:
             if alias in models:
                 yield Finding(path, f"{shown(alias)} is already the name of a model", "choose another alias")
             elif alias in taken:
-                yield Finding(
-                    path, f"{shown(alias)} is already an alias, at {taken[alias]}", "keep one of them"
-                )
+                yield Finding(path, f"{shown(alias)} is already an alias, at {taken[alias]}", "keep one of them")
             else:
                 taken[alias] = show_path(path)
 

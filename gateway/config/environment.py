@@ -31,9 +31,7 @@ ENVIRONMENT = "environment"
 COMMAND_LINE = "command line"
 
 # A Kubernetes Service named "tidegate" puts these into every pod of its namespace; they are not meant for us.
-_SERVICE_LINK = re.compile(
-    r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
-)
+_SERVICE_LINK = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
 
 @dataclass
@@ -88,9 +86,7 @@ def apply_environment(
     return overrides
 
 
-def apply_command_line(
-    root: Kind, data: dict[str, Any], options: Mapping[str, str], overrides: Overrides
-) -> None:
+def apply_command_line(root: Kind, data: dict[str, Any], options: Mapping[str, str], overrides: Overrides) -> None:
     """Write options such as `{"server.port": "7500"}` into `data`; they win over everything."""
     for name, text in options.items():
         path: Path = tuple(name.split("."))
@@ -204,12 +200,7 @@ def _value(kind: Kind, text: str) -> Any:
             }.get(text.lower(), text)
         if bare is int or bare is float:
             return bare(text)
-        if (
-            model_of(kind)
-            or is_mapping(kind)
-            or is_list(kind)
-            or (bare is SecretStr and text.startswith("{"))
-        ):
+        if model_of(kind) or is_mapping(kind) or is_list(kind) or (bare is SecretStr and text.startswith("{")):
             value = json.loads(text)
             return value if isinstance(value, (dict, list)) else text
     except (ValueError, RecursionError):

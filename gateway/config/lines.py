@@ -64,9 +64,7 @@ def parse(document: Document, text: str) -> Document:
         _parse(document, text)
     except yaml.reader.ReaderError as error:
         position = text[: error.position].count("\n") + 1
-        document.add(
-            position, (), "not valid YAML: a character that YAML does not allow", "remove it, or escape it"
-        )
+        document.add(position, (), "not valid YAML: a character that YAML does not allow", "remove it, or escape it")
         document.readable = False
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
@@ -103,9 +101,7 @@ def _parse(document: Document, text: str) -> None:
         _check_keys(document, node, (), [])
         data = _unshared(loader.construct_document(node))
         if not isinstance(data, dict):
-            raise yaml.MarkedYAMLError(
-                problem="it is not a mapping of settings", problem_mark=node.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem="it is not a mapping of settings", problem_mark=node.start_mark)
         document.data = data
         # After construction, merge keys (<<) have been replaced by what they stand for.
         document.lines[()] = 1

@@ -146,8 +146,7 @@ class Admin(Section):
     )
     host: Host = Field(
         default="127.0.0.1",
-        description="Address to listen on. Loopback: anything else needs a token, so that it is closed by "
-        "default.",
+        description="Address to listen on. Loopback: anything else needs a token, so that it is closed by default.",
     )
     port: Whole = Field(
         default=7401, ge=0, le=65535, description="TCP port. 0 takes any free one. One above the server's."
@@ -229,14 +228,11 @@ class Settings(BaseSettings):
     )
     database: DatabaseUrl = Field(
         default="sqlite:///tidegate.db",
-        description="Database for what must survive a restart, sqlite or postgresql. Accepted but not used "
-        "yet.",
+        description="Database for what must survive a restart, sqlite or postgresql. Accepted but not used yet.",
     )
     usage_log: UsageLog = Field(default=UsageLog(), description="The record of exchanges.")
     stream: Stream = Field(default=Stream(), description="How streams are relayed.")
-    models: Mapping[ModelName, Model] = Field(
-        default={}, description="The models that clients may ask for, by name."
-    )
+    models: Mapping[ModelName, Model] = Field(default={}, description="The models that clients may ask for, by name.")
     backends: Mapping[Name, Backend] = Field(default={}, description="The pools of replicas, by name.")
 
     @classmethod

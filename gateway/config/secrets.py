@@ -36,17 +36,13 @@ Secret = Annotated[
             "oneOf": [
                 {
                     "type": "object",
-                    "properties": {
-                        "env": {"type": "string", "description": "Name of an environment variable."}
-                    },
+                    "properties": {"env": {"type": "string", "description": "Name of an environment variable."}},
                     "required": ["env"],
                     "additionalProperties": False,
                 },
                 {
                     "type": "object",
-                    "properties": {
-                        "file": {"type": "string", "description": "Path of a file with one line."}
-                    },
+                    "properties": {"file": {"type": "string", "description": "Path of a file with one line."}},
                     "required": ["file"],
                     "additionalProperties": False,
                 },
@@ -124,9 +120,7 @@ def resolve(
 def _follow(raw: Any, path: Path, environ: Mapping[str, str], folder: FilePath) -> str | Finding:
     if not isinstance(raw, dict):
         # A number or a boolean is a literal too: an unquoted key of digits.
-        return Finding(
-            path, "a literal secret does not belong in this file: a secret in the wrong place", _HINT
-        )
+        return Finding(path, "a literal secret does not belong in this file: a secret in the wrong place", _HINT)
     if not set(raw) <= set(_WORDS) or len(raw) != 1:
         # The odd word is not repeated: {hunter2} is a mapping too.
         return Finding(path, "needs exactly one of env and file", _HINT)
@@ -139,14 +133,10 @@ def _follow(raw: Any, path: Path, environ: Mapping[str, str], folder: FilePath) 
 def _from_env(name: str, path: Path, environ: Mapping[str, str]) -> str | Finding:
     # The name is only repeated when it cannot well be the secret itself, pasted into the wrong spot.
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        return Finding(
-            (*path, "env"), "is not the name of an environment variable", "write the name, not the secret"
-        )
+        return Finding((*path, "env"), "is not the name of an environment variable", "write the name, not the secret")
     if name not in environ:
         said = name if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name) else "named here"
-        return Finding(
-            (*path, "env"), f"the environment variable {said} is not set", "set it, or use {file: PATH}"
-        )
+        return Finding((*path, "env"), f"the environment variable {said} is not set", "set it, or use {file: PATH}")
     return environ[name]
 
 
@@ -156,18 +146,14 @@ def _from_file(name: str, path: Path, folder: FilePath) -> str | Finding:
         with (folder / name).open("rb") as file:
             content = file.read(MAX_SECRET_BYTES + 1)
         if len(content) > MAX_SECRET_BYTES:
-            return Finding(
-                place, f"the secret file is larger than {MAX_SECRET_BYTES} bytes", "name the right file"
-            )
+            return Finding(place, f"the secret file is larger than {MAX_SECRET_BYTES} bytes", "name the right file")
         return content.decode()
     except UnicodeDecodeError:
         return Finding(place, "the secret file is not UTF-8 text", "store the secret as one line of text")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a usable path"
         said = shown(name) if "/" in name or "." in name else "named here"
-        return Finding(
-            place, f"the secret file {said} cannot be read: {reason}", "check the path and its permissions"
-        )
+        return Finding(place, f"the secret file {said} cannot be read: {reason}", "check the path and its permissions")
 
 
 def _checked(value: str, path: Path) -> str | Finding:
@@ -176,7 +162,5 @@ def _checked(value: str, path: Path) -> str | Finding:
         return Finding(path, "the secret is empty", "give it a value, or leave the setting out")
     # Secrets travel in header fields, where anything else would be refused or would split the header.
     if not re.fullmatch(r"[!-~]+", value):
-        return Finding(
-            path, "the secret has spaces, line breaks or characters outside ASCII", "store the bare secret"
-        )
+        return Finding(path, "the secret has spaces, line breaks or characters outside ASCII", "store the bare secret")
     return value

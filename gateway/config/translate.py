@@ -62,9 +62,7 @@ def _finding(detail: ErrorDetails) -> Finding:
         return Finding(path, f"{shown(given)} is not {_NOT_A[kind]}", _type_hint(kind, path, given))
     if kind in _COMPARED:
         word, verdict, relation = _COMPARED[kind]
-        return Finding(
-            path, f"{shown(given)} {verdict}", f"write {_unit(path)}{relation} {_plain(context[word])}"
-        )
+        return Finding(path, f"{shown(given)} {verdict}", f"write {_unit(path)}{relation} {_plain(context[word])}")
     if kind == "literal_error":
         return Finding(path, f"{shown(given)} is not one of {context['expected']}", _closest(path, given))
     if kind == "string_pattern_mismatch":

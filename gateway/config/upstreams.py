@@ -27,9 +27,7 @@ _Phase = Annotated[Number, Field(gt=0, le=HOUR_S)]
 _Total = Annotated[Number, Field(gt=0, le=DAY_S)]
 
 _CONNECT = "Seconds to open a connection to a replica."
-_FIRST_TOKEN = (
-    "Seconds from sending a request to the engine's first token, or to the whole answer without streaming."
-)
+_FIRST_TOKEN = "Seconds from sending a request to the engine's first token, or to the whole answer without streaming."
 _IDLE = "Seconds of silence from the engine once it has begun to answer."
 _TOTAL = "Seconds for an exchange from beginning to end, all attempts together."
 
@@ -56,9 +54,7 @@ class ModelTimeouts(Section):
     """One model's exceptions from its backend's timeouts; what is left out is taken from the backend."""
 
     connect_s: _Connect | None = Field(default=None, description=f"{_CONNECT} Null: the backend's value.")
-    first_token_s: _Phase | None = Field(
-        default=None, description=f"{_FIRST_TOKEN} Null: the backend's value."
-    )
+    first_token_s: _Phase | None = Field(default=None, description=f"{_FIRST_TOKEN} Null: the backend's value.")
     idle_s: _Phase | None = Field(default=None, description=f"{_IDLE} Null: the backend's value.")
     total_s: _Total | None = Field(default=None, description=f"{_TOTAL} Null: the backend's value.")
 
@@ -69,17 +65,13 @@ _Usd = Annotated[Number, Field(ge=0, le=100_000)]
 class Price(Section):
     """What a model's tokens cost, in US dollars per million tokens."""
 
-    input: _Usd = Field(
-        default=0.0, description="US dollars per million prompt tokens. Zero: your own hardware."
-    )
+    input: _Usd = Field(default=0.0, description="US dollars per million prompt tokens. Zero: your own hardware.")
     cached_input: _Usd = Field(
         default_factory=lambda validated: validated.get("input", 0.0),
         description="US dollars per million prompt tokens that the engine had in its cache. "
         "Left out: the same as `input`, so that costs are never understated.",
     )
-    output: _Usd = Field(
-        default=0.0, description="US dollars per million generated tokens. Zero: your own hardware."
-    )
+    output: _Usd = Field(default=0.0, description="US dollars per million generated tokens. Zero: your own hardware.")
 
 
 class Model(Section):
@@ -93,8 +85,7 @@ class Model(Section):
     )
     aliases: tuple[ModelName, ...] = Field(
         default=(),
-        description="Further names for this model. None by default: every name a client can use is written "
-        "down.",
+        description="Further names for this model. None by default: every name a client can use is written down.",
         examples=[["gpt-4o-mini"]],
     )
     timeouts: ModelTimeouts = Field(
@@ -121,8 +112,7 @@ class Replica(Section):
     )
     name: OptionalName = Field(
         default="",
-        description="Name in headers, logs and metrics. Left out or null: `<backend>-<position>`, counted "
-        "from 0.",
+        description="Name in headers, logs and metrics. Left out or null: `<backend>-<position>`, counted from 0.",
         examples=["pool-0"],
     )
     weight: Number = Field(
@@ -135,8 +125,7 @@ class Replica(Section):
         default=None,
         ge=1,
         le=100_000,
-        description="Requests this replica may work on at once. Null: no limit here, the engine queues by "
-        "itself.",
+        description="Requests this replica may work on at once. Null: no limit here, the engine queues by itself.",
         examples=[64],
     )
 
@@ -174,8 +163,7 @@ class Backend(Section):
     """A pool of interchangeable replicas of one engine."""
 
     engine: Engine = Field(
-        description="What the replicas run: sglang, vllm, llamacpp, or openai for any other "
-        "OpenAI-compatible API.",
+        description="What the replicas run: sglang, vllm, llamacpp, or openai for any other OpenAI-compatible API.",
         examples=["sglang"],
     )
     api_key: Secret | None = Field(
@@ -190,9 +178,7 @@ class Backend(Section):
         examples=[[{"url": "http://127.0.0.1:30000"}]],
     )
     timeouts: Timeouts = Field(default=Timeouts(), description="How long each phase of an exchange may take.")
-    connections: Connections = Field(
-        default=Connections(), description="The connections kept to each replica."
-    )
+    connections: Connections = Field(default=Connections(), description="The connections kept to each replica.")
     max_response_bytes: Whole = Field(
         default=67_108_864,
         ge=1024,

@@ -46,9 +46,7 @@ class Address:
 def parse_address(text: str) -> Address:
     """Take a replica URL apart, or raise an error that says how to write it."""
     if not re.fullmatch(r"[!-~]+", text):
-        raise wrong(
-            f"{shown(text)} is not an http(s) URL: it has spaces or characters outside ASCII", _EXAMPLE
-        )
+        raise wrong(f"{shown(text)} is not an http(s) URL: it has spaces or characters outside ASCII", _EXAMPLE)
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -60,15 +58,11 @@ def parse_address(text: str) -> Address:
             "take them out of the URL and give the key as the backend's api_key: {env: NAME} or {file: PATH}",
         )
     if parts.query or parts.fragment or text.endswith(("?", "#")):
-        raise wrong(
-            "the URL has a query or a fragment", "end it after the host, or after the path before /v1"
-        )
+        raise wrong("the URL has a query or a fragment", "end it after the host, or after the path before /v1")
     if parts.scheme == "http+unix":
         return Address("http+unix", _socket(parts), _prefix(parts.path))
     if parts.scheme == "unix":
-        raise wrong(
-            f"{shown(text)} is not an http(s) URL", "write a socket as http+unix://%2Frun%2Fengine.sock"
-        )
+        raise wrong(f"{shown(text)} is not an http(s) URL", "write a socket as http+unix://%2Frun%2Fengine.sock")
     if parts.scheme not in _DEFAULT_PORTS:
         raise wrong(f"{shown(text)} is not an http(s) URL", _EXAMPLE)
     return Address(parts.scheme, _host_and_port(text, parts, port), _prefix(parts.path))
@@ -102,9 +96,7 @@ def _socket(parts: SplitResult) -> str:
             "write e.g. http+unix://%2Frun%2Fengine.sock",
         )
     if len(path.encode()) > MAX_SOCKET_PATH_BYTES or "\0" in path:
-        raise wrong(
-            f"the path of a socket can have at most {MAX_SOCKET_PATH_BYTES} bytes", "use a shorter path"
-        )
+        raise wrong(f"the path of a socket can have at most {MAX_SOCKET_PATH_BYTES} bytes", "use a shorter path")
     return quote(path, safe="")
 
 

@@ -54,9 +54,7 @@ def checked_host(text: str) -> str:
         pass
     if ":" in text or "/" in text or "[" in text:
         raise wrong(f"{shown(text)} is not a host", "write the address or name alone, e.g. 127.0.0.1 or ::1")
-    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?", text) or re.fullmatch(
-        r"[0-9.]+", text
-    ):
+    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?", text) or re.fullmatch(r"[0-9.]+", text):
         raise wrong(f"{shown(text)} is neither an IP address nor a host name", "write e.g. 127.0.0.1")
     return text
 
@@ -69,26 +67,20 @@ def _path(value: Any) -> Any:
 
 def _socket_path(value: Path) -> Path:
     if len(str(value).encode()) > MAX_SOCKET_PATH_BYTES:
-        raise wrong(
-            f"the path of a socket can have at most {MAX_SOCKET_PATH_BYTES} bytes", "use a shorter path"
-        )
+        raise wrong(f"the path of a socket can have at most {MAX_SOCKET_PATH_BYTES} bytes", "use a shorter path")
     return value
 
 
 def _auth(value: Any) -> Any:
     if value == "keys":
-        raise wrong(
-            '"keys" is not available in this version: API keys come with a later one', "write auth: insecure"
-        )
+        raise wrong('"keys" is not available in this version: API keys come with a later one', "write auth: insecure")
     return value
 
 
 def _store(value: Any) -> Any:
     if isinstance(value, str) and value.partition(":")[0] in {"redis", "rediss", "redis+sentinel", "unix"}:
         # The URL is not repeated: it may hold a password.
-        raise wrong(
-            "a Redis store is not available in this version: it comes with a later one", "write store: memory"
-        )
+        raise wrong("a Redis store is not available in this version: it comes with a later one", "write store: memory")
     return value
 
 
