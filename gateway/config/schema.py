@@ -155,7 +155,7 @@ class Admin(Section):
         default=None,
         description="Bearer token for the admin listener, at least 16 bytes, as a reference {env: NAME} or "
         "{file: PATH}. "
-        "Null: no token is asked for, which only loopback allows.",
+        "Null: on loopback, one that is made at the first start and kept in the state directory.",
     )
 
 

@@ -144,9 +144,7 @@ def test_a_misspelt_variable_is_named_and_corrected(path: Path, name: str, meant
     assert "hunter2" not in message
 
 
-@pytest.mark.parametrize(
-    "name", ["TIDEGATE_", "TIDEGATE_LOG", "TIDEGATE_BACKENDS__MY_POOL__REPLICAS__7__URL"]
-)
+@pytest.mark.parametrize("name", ["TIDEGATE_", "TIDEGATE_LOG", "TIDEGATE_BACKENDS__MY_POOL__REPLICAS__7__URL"])
 def test_a_variable_that_leads_nowhere_is_named(path: Path, name: str) -> None:
     assert f"the variable {name} names no setting" in refused(path, {name: "x"})
 

@@ -303,9 +303,7 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    text = (
-        "server: {host: 0.0.0.0, port: x}\nauth: keys\nmodels:\n  a: {backend: no, aliases: [b]}\n  b: {}\n"
-    )
+    text = "server: {host: 0.0.0.0, port: x}\nauth: keys\nmodels:\n  a: {backend: no, aliases: [b]}\n  b: {}\n"
     text += POOL.replace("sglang", "sglag") + "    api_key: {env: NO}\nsever: 1\nadmin: {port: 1, port: 2}\n"
     problems = problems_of(tmp_path, text, TIDEGATE_SERVR__PORT="1", TIDEGATE_SHUTDOWN__GRACE_S="x")
     assert [(problem.line, problem.path) for problem in problems] == [

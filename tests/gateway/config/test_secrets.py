@@ -97,8 +97,6 @@ def test_a_secret_in_an_innocent_place_is_noticed(tmp_path: Path) -> None:
     assert problem.message == "the value looks like a secret: a secret in the wrong place"
 
 
-@pytest.mark.parametrize(
-    "text", ["deepseek-ai/DeepSeek-V3", "task-force-one", "risk-analysis", "qwen2.5:7b", "sk-1"]
-)
+@pytest.mark.parametrize("text", ["deepseek-ai/DeepSeek-V3", "task-force-one", "risk-analysis", "qwen2.5:7b", "sk-1"])
 def test_ordinary_names_do_not_look_like_secrets(text: str) -> None:
     assert not looks_secret(text)

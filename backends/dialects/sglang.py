@@ -1,0 +1,30 @@
+"""SGLang: the request id is ours (`rid`), so that a request can be aborted by id even where its socket is not seen.
+
+The endpoint is `POST /abort_request {"rid": …}`; it answers 200 for ids it does not know. With several prompts or
+`n > 1` SGLang derives its own ids from `rid` by prefix and aborts by prefix too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from backends.dialects.openai import usage_option
+
+
+class SGLang:
+    """OpenAI's API with a request id in the body."""
+
+    name = "sglang"
+
+    def body_values(self, path: str, fields: Mapping[str, Any], request_id: str) -> dict[str, bytes]:
+        values = {"rid": b'"%b"' % request_id.encode()}
+        option = usage_option(path, fields)
+        if option is not None:
+            values["stream_options"] = option
+        return values
+
+    def abort_request(self, request_id: str) -> tuple[str, bytes] | None:
+        return "/abort_request", msgspec.json.encode({"rid": request_id})

@@ -1,0 +1,100 @@
+"""One replica's client: its connections, and the bytes a request to it begins with.
+
+The part of a request head that never changes is rendered once per path; per request only the id, the length and the
+few allowed client headers are added. What a client sends as credentials, cookies or hop-by-hop headers never gets
+here: the head is built from nothing, not filtered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from backends.dialects import Dialect
+from backends.errors import UpstreamError
+from backends.http1 import Headers
+from backends.origin import Origin
+from backends.pool import ConnectionPool
+from backends.ticker import Ticker
+from routing.types import Replica
+
+logger = logging.getLogger(__name__)
+
+_ABORT_TIMEOUT_S = 2.0
+_USER_AGENT = b"tidegate"
+
+
+class Upstream:
+    """A replica together with the means to reach it."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        dialect: Dialect,
+        *,
+        path_prefix: str = "",
+        api_key: str | None = None,
+        max_connections: int,
+        idle_s: float,
+        connect_timeout_s: float,
+        ticker: Ticker,
+    ) -> None:
+        self.replica = replica
+        self.dialect = dialect
+        origin = Origin.parse(replica.url)
+        self.pool = ConnectionPool(
+            origin,
+            max_connections=max_connections,
+            idle_s=idle_s,
+            connect_timeout_s=connect_timeout_s,
+            ticker=ticker,
+        )
+        self._path_prefix = path_prefix.encode()
+        self._fixed = b"host: %b\r\nuser-agent: %b\r\naccept-encoding: identity\r\n" % (
+            origin.host_header,
+            _USER_AGENT,
+        )
+        self._fixed += b"content-type: application/json\r\n"
+        if api_key is not None:
+            self._fixed += b"authorization: Bearer %b\r\n" % api_key.encode("latin-1")
+        self._heads: dict[str, bytes] = {}
+
+    def request(
+        self, path: str, body: bytes, request_id: str, passed_on: Sequence[tuple[bytes, bytes]] = ()
+    ) -> list[bytes]:
+        """The whole request, head and body, as pieces to be written together."""
+        head = self._heads.get(path)
+        if head is None:
+            head = b"POST %b%b HTTP/1.1\r\n%b" % (self._path_prefix, path.encode(), self._fixed)
+            self._heads[path] = head
+        extra = b"".join([b"%b: %b\r\n" % header for header in passed_on]) if passed_on else b""
+        return [
+            b"%bx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n" % (head, request_id.encode(), len(body), extra),
+            body,
+        ]
+
+    async def abort(self, request_id: str) -> None:
+        """Tell the engine to stop a request, where it can be told. Best effort: failure is logged, not raised."""
+        asked = self.dialect.abort_request(request_id)
+        if asked is None:
+            return
+        path, body = asked
+        try:
+            connection = await self.pool.acquire(_ABORT_TIMEOUT_S)
+            connection.send(
+                self.request(path, body, request_id),
+                _Ignored(),
+                head_timeout_s=_ABORT_TIMEOUT_S,
+                idle_timeout_s=_ABORT_TIMEOUT_S,
+            )
+        except UpstreamError as error:
+            logger.debug("abort of %s was not delivered: %s", request_id, error)
+
+
+class _Ignored:
+    """A consumer for answers that nobody needs."""
+
+    def on_head(self, status: int, headers: Headers) -> None: ...
+    def on_data(self, data: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_error(self, error: UpstreamError) -> None: ...

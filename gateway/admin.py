@@ -1,0 +1,231 @@
+"""The operators' listener: metrics in Prometheus' format, the state of the fleet and usage records as JSON.
+
+Nothing is answered without the owner's token, `/metrics` on a loopback address excepted. The check stands in front of
+the router, so that a route that is added later, or a path that does not exist, is closed as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from itertools import chain
+from typing import Any, TypeVar
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.config.values import is_loopback
+from gateway.errors import GatewayError, InternalError, InvalidRequest, MethodNotAllowed, RouteNotFound
+from gateway.sources import WORKER_UP, Silent, Source
+
+DEFAULT_RECORDS = 100
+MAX_RECORDS = 1000
+"""What a worker keeps in memory."""
+METRICS_PATH = "/metrics"
+
+T = TypeVar("T")
+
+
+class Unauthorized(InvalidRequest):
+    status = 401
+    code = "invalid_token"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"www-authenticate", b"Bearer")]
+
+
+class WrongHost(InvalidRequest):
+    status = 421
+    code = "invalid_host"
+
+
+def admin_app(sources: Sequence[Source], *, host: str, token: SecretStr | None) -> ASGIApp:
+    """The app for the admin listener on `host`. Without a token it stays closed."""
+    return Guard(private_app(sources), host=host, token=token)
+
+
+def private_app(sources: Sequence[Source]) -> Starlette:
+    """The same without the guard: for a socket that only this user's processes can reach."""
+    admin = _Admin(sources)
+    return Starlette(
+        routes=[
+            Route(METRICS_PATH, admin.metrics, methods=["GET"]),
+            Route("/admin/fleet", admin.fleet, methods=["GET"]),
+            Route("/admin/usage", admin.usage, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_error, GatewayError: _gateway_error, Exception: _defect},
+    )
+
+
+class Guard:
+    """Pure ASGI: lets a request through when it names this listener and bears the owner's token.
+
+    The name is checked against DNS rebinding: a web page whose own host name was made to resolve to 127.0.0.1 can have
+    a browser send requests here, but not with another name in `Host`. Where other machines can reach the listener,
+    nothing is open that a page could ask for, and only then are other names accepted as well.
+    """
+
+    def __init__(self, app: ASGIApp, *, host: str, token: SecretStr | None) -> None:
+        self.app = app
+        self._host = host.lower()
+        self._token = token
+        self._local = is_loopback(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        problem = self.problem(scope["path"], scope["headers"])
+        answer = self.app if problem is None else error_response(problem)
+        await answer(scope, receive, send)
+
+    def problem(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> GatewayError | None:
+        """Why this request is refused; None when it is not."""
+        hosts: list[bytes] = []
+        credentials: list[bytes] = []
+        for name, value in headers:
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"authorization":
+                credentials.append(value)
+        if len(hosts) != 1 or not self._is_ours(hosts[0].decode("latin-1")):
+            return WrongHost("The Host header does not name this admin listener.")
+        if path == METRICS_PATH and self._local:
+            return None
+        if self._token is None:
+            return Unauthorized("The admin interface is closed: there is no owner token; the log says why.")
+        expected = b"Bearer " + self._token.get_secret_value().encode()
+        given = credentials[0] if len(credentials) == 1 else b""
+        scheme, _, rest = given.partition(b" ")
+        if scheme.lower() == b"bearer":
+            given = b"Bearer " + rest.strip()
+        if not hmac.compare_digest(given, expected):
+            return Unauthorized("The owner token is missing or wrong; send it as: Authorization: Bearer <token>.")
+        return None
+
+    def _is_ours(self, value: str) -> bool:
+        name = host_name(value)
+        return bool(name) and (not self._local or name == self._host or is_loopback(name))
+
+
+def host_name(value: str) -> str:
+    """The name or address in a Host header, without port and brackets; empty when it is malformed."""
+    if value.startswith("["):
+        name, _, rest = value[1:].partition("]")
+    else:
+        name, colon, rest = value.partition(":")
+        rest = colon + rest
+    port = rest.removeprefix(":")
+    if rest and (not rest.startswith(":") or (port and not (port.isascii() and port.isdigit()))):
+        return ""
+    return name.lower().removesuffix(".")
+
+
+class _Admin:
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+
+    async def metrics(self, request: Request) -> Response:
+        answers = await self._ask(lambda source: source.metrics())
+        registry = CollectorRegistry()
+        registry.register(_Families(merged(answers)))
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def fleet(self, request: Request) -> Response:
+        answers = await self._ask(lambda source: source.fleet())
+        return _json({"workers": [state or {"worker": index, "up": False} for index, state in answers]})
+
+    async def usage(self, request: Request) -> Response:
+        limit = _limit(request.query_params.get("limit"))
+        answers = await self._ask(lambda source: source.usage(limit))
+        records = list(chain.from_iterable(records or () for _, records in answers))
+        records.sort(key=_settled_at, reverse=True)
+        return _json({"data": records[:limit]})
+
+    async def _ask(self, question: Callable[[Source], Coroutine[Any, Any, T]]) -> list[tuple[int, T | None]]:
+        """Every worker's answer, by its number; None for one that did not give any."""
+
+        async def one(source: Source) -> tuple[int, T | None]:
+            try:
+                return source.index, await question(source)
+            except Silent:
+                return source.index, None
+
+        return await asyncio.gather(*(one(source) for source in self._sources))
+
+
+class _Families(Collector):
+    """Families that are made already, as the exposition wants to collect them."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def merged(answers: Iterable[tuple[int, list[Metric] | None]]) -> list[Metric]:
+    """All workers' metrics as one exposition: each family once, every sample with the label `worker`."""
+    up = GaugeMetricFamily(WORKER_UP, "1 when the worker answered this scrape.", labels=["worker"])
+    families: dict[str, Metric] = {WORKER_UP: up}
+    for index, metrics in answers:
+        worker = str(index)
+        up.add_metric([worker], 0.0 if metrics is None else 1.0)
+        for each in metrics or ():
+            family = families.get(each.name)
+            if family is None:
+                family = families[each.name] = Metric(each.name, each.documentation, each.type)
+            family.samples += [sample._replace(labels={**sample.labels, "worker": worker}) for sample in each.samples]
+    return list(families.values())
+
+
+def _settled_at(record: dict[str, Any]) -> float:
+    return float(record["time_unix_s"]) + float(record["duration_ms"]) / 1000
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_RECORDS
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_RECORDS and len(text) < 9):
+        raise InvalidRequest(f"limit must be a whole number from 1 to {MAX_RECORDS}.", param="limit")
+    return int(text)
+
+
+def _json(content: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json", headers={"cache-control": "no-store"})
+
+
+def error_response(error: GatewayError) -> Response:
+    """The error as OpenAI's error object."""
+    response = Response(error.body(), error.status, media_type="application/json")
+    for name, value in error.headers():
+        response.headers[name.decode()] = value.decode()
+    return response
+
+
+async def _gateway_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.scope['path'][:200]}"
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"{where} is not allowed."))
+        response.headers.update(error.headers or {})
+        return response
+    return error_response(RouteNotFound(f"There is no {where} here."))
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    return error_response(InternalError("Something went wrong inside the gateway."))

@@ -1,0 +1,132 @@
+"""The client-facing ASGI application: the inference routes' reference edge, models, liveness and readiness."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.edges.asgi import InferenceEndpoint
+from gateway.errors import GatewayError, InternalError, MethodNotAllowed, ModelNotFound, RouteNotFound
+from gateway.fleet import ModelRoute
+from gateway.order import INFERENCE_PATHS
+from gateway.runtime import Runtime
+
+
+def build_app(runtime: Runtime) -> ASGIApp:
+    """The application for one worker."""
+    endpoint = InferenceEndpoint(runtime)
+    api = _Api(runtime)
+    routes = [Route(path, endpoint, methods=["POST"]) for path in INFERENCE_PATHS]
+    routes += [
+        Route("/v1/models", api.models, methods=["GET"]),
+        Route("/v1/models/{model:path}", api.model, methods=["GET"]),
+        Route("/livez", api.livez, methods=["GET"]),
+        Route("/readyz", api.readyz, methods=["GET"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={HTTPException: _http_error, GatewayError: _gateway_error, Exception: _defect},
+    )
+    return RequestId(app, runtime)
+
+
+class RequestId:
+    """Pure ASGI: gives every reply an `x-request-id`, the inference routes' own excepted."""
+
+    def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
+        self._app = app
+        self._runtime = runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message["headers"])
+                if all(name != b"x-request-id" for name, _ in headers):
+                    headers.append((b"x-request-id", self._runtime.new_request_id().encode()))
+                if self._runtime.draining:
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class _Api:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    async def models(self, request: Request) -> Response:
+        fleet = self._runtime.fleet
+        listed = [_model_object(name, route, fleet.created_unix_s) for name, route in fleet.models.items()]
+        return _json({"object": "list", "data": listed})
+
+    async def model(self, request: Request) -> Response:
+        fleet = self._runtime.fleet
+        name = request.path_params["model"]
+        route = fleet.models.get(name)
+        if route is None:
+            raise ModelNotFound(
+                f"The model {name[:200]!r} does not exist here; GET /v1/models lists them.", param="model"
+            )
+        return _json(_model_object(name, route, fleet.created_unix_s))
+
+    async def livez(self, request: Request) -> Response:
+        """The process answers. Nothing else is implied."""
+        return _json({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """Whether new traffic should come here: not draining, and some replica may be used for every model."""
+        runtime = self._runtime
+        if runtime.draining:
+            return _json({"status": "draining"}, 503)
+        now = time.monotonic()
+        pools = runtime.fleet.pools.values()
+        without = sorted(pool.name for pool in pools if not any(each.available(now) for each in pool.replicas))
+        if pools and len(without) == len(pools):
+            return _json({"status": "no_replica_available", "pools_without_replica": without}, 503)
+        return _json({"status": "ready", "pools_without_replica": without})
+
+
+def _model_object(name: str, route: ModelRoute, created_unix_s: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created_unix_s, "owned_by": route.pool.name}
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+def _error(error: GatewayError) -> Response:
+    response = Response(error.body(), error.status, media_type="application/json")
+    for name, value in error.headers():
+        response.headers[name.decode()] = value.decode()
+    return response
+
+
+async def _gateway_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return _error(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        response = _error(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path[:200]}."))
+        response.headers.update(error.headers or {})
+        return response
+    return _error(RouteNotFound(f"There is no {request.method} {request.url.path[:200]} here."))
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    return _error(InternalError("Something went wrong inside the gateway."))

@@ -1,0 +1,165 @@
+"""Reads a request body once, strictly, and changes it by splicing bytes instead of rebuilding it.
+
+What the model server sees is what the client sent, byte for byte, except for the few top-level values that a
+dialect sets. Two C parsers look at the bytes: orjson builds the tree and is the strict one (it refuses NaN, invalid
+UTF-8, lone surrogates, byte order marks and numbers beyond a double); msgspec finds the byte range of every
+top-level value. Both keep the *last* of two equal keys without a word, and a model server might keep the first, so
+the ranges are walked and a repeated key is refused: gateway and engine must not read two different requests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import orjson
+
+from gateway.errors import InvalidRequest
+
+MAX_DEPTH = 64
+"""Nesting allowed in a body. Real tool schemas stay under 20; recursive readers behind us fail from about 900."""
+MAX_KEYS = 1000
+"""Top-level keys allowed; OpenAI knows about 40. Walking a million of them would stop every client for seconds."""
+
+_WHITESPACE = re.compile(rb"[ \t\n\r]*")
+_KEY = re.compile(rb'[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
+_SPACE, _COMMA, _BRACE = b" ,}"
+_ranges = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Body(msgspec.Struct, frozen=True):
+    """A parsed request body: the tree, the untouched bytes, and where each top-level value stands in them."""
+
+    raw: bytes
+    fields: dict[str, Any]
+    spans: dict[str, tuple[int, int]]
+    start: int
+    """Index of the first byte after the opening brace."""
+
+    def with_values(self, values: Mapping[str, bytes]) -> bytes:
+        """The body with these top-level values (JSON text) replaced or, where the key is missing, added.
+
+        >>> parse(b'{"model":"a","n":1}').with_values({"model": b'"b"', "rid": b'"7"'})
+        b'{"rid":"7","model":"b","n":1}'
+        """
+        if not values:
+            return self.raw
+        added: list[bytes] = []
+        replaced: list[tuple[int, int, bytes]] = []
+        for key, value in values.items():
+            span = self.spans.get(key)
+            if span is None:
+                added.append(b'"%b":%b' % (key.encode(), value))
+            else:
+                replaced.append((*span, value))
+        pieces = [self.raw[: self.start], b",".join(added)]
+        if added and self.fields:
+            pieces.append(b",")
+        position = self.start
+        for begin, end, value in sorted(replaced):
+            pieces += (self.raw[position:begin], value)
+            position = end
+        pieces.append(self.raw[position:])
+        return b"".join(pieces)
+
+
+def parse(raw: bytes) -> Body:
+    """Parse a JSON object.
+
+    Raises `InvalidRequest` naming what is wrong: not JSON, not an object, a repeated top-level key, or nesting
+    deeper than `MAX_DEPTH`. Never includes the body's text in the message.
+    """
+    try:
+        fields = orjson.loads(raw)
+        if type(fields) is not dict:
+            raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
+        if len(fields) > MAX_KEYS:
+            raise InvalidRequest(f"The request body has more than {MAX_KEYS} top-level keys.", code="too_many_keys")
+        ranges = _ranges(raw)
+    except (orjson.JSONDecodeError, msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(_reason(error), code="invalid_json") from None
+    if _deeper_than(fields, MAX_DEPTH):
+        raise InvalidRequest(f"The request body is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
+    spans = _compact_spans(raw, ranges)
+    if spans is not None:
+        return Body(raw, fields, spans, 1)
+    start, spans = _walk(raw, ranges)
+    return Body(raw, fields, spans, start)
+
+
+def _reason(error: Exception) -> str:
+    """The parser's own words. orjson puts only positions in them, never text of the body."""
+    if isinstance(error, orjson.JSONDecodeError):
+        return f"The request body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})."
+    return "The request body is not valid JSON."
+
+
+def _deeper_than(value: dict[str, Any], limit: int) -> bool:
+    """Whether containers nest more than `limit` levels; breadth first, so hostile depth costs no stack."""
+    level: list[Any] = [value]
+    for _ in range(limit):
+        below: list[Any] = []
+        for container in level:
+            for child in container.values() if type(container) is dict else container:
+                kind = type(child)
+                if kind is dict or kind is list:
+                    below.append(child)
+        if not below:
+            return False
+        level = below
+    return True
+
+
+def _compact_spans(raw: bytes, ranges: Mapping[str, msgspec.Raw]) -> dict[str, tuple[int, int]] | None:
+    """Each value's place by adding up lengths; None when the body is not written without any white space.
+
+    The sum over the distinct keys is the least that an object with them can measure. White space, an escape in a key
+    and a repeated key all need more, so a body of exactly that length has none of them, and its keys stand in the
+    order in which the parser met them. OpenAI's SDK writes bodies like this.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    position = 1
+    for name, value in ranges.items():
+        begin = position + len(name) + 3
+        end = begin + len(memoryview(value))
+        spans[name] = (begin, end)
+        position = end + 1
+    return spans if position == len(raw) else None
+
+
+def _walk(raw: bytes, ranges: Mapping[str, msgspec.Raw]) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Find each top-level value's place, refusing a key that comes twice.
+
+    The parser has kept the last value of every key. Walking from the front, the bytes at a key's first place must
+    equal that value and be followed by a comma or the closing brace; where they do not, the key comes again later.
+    """
+    position = start = raw.index(b"{") + 1
+    spans: dict[str, tuple[int, int]] = {}
+    while True:
+        key = _KEY.match(raw, position)
+        if key is None:  # an empty object; anything else was refused by the parsers
+            return start, spans
+        text = key[1]
+        name: str = orjson.loads(text) if b"\\" in text else text[1:-1].decode()
+        begin = key.end()
+        value = ranges[name]
+        end = begin + len(memoryview(value))
+        after = raw[end] if raw[end] > _SPACE else raw[_next(raw, end)]
+        if name in spans or not raw.startswith(value, begin) or (after != _COMMA and after != _BRACE):
+            raise InvalidRequest(
+                f"The request body has the key {name[:64]!r} more than once.",
+                param=name[:64],
+                code="duplicate_key",
+            )
+        spans[name] = (begin, end)
+        if after == _BRACE:
+            return start, spans
+        position = raw.index(b",", end) + 1
+
+
+def _next(raw: bytes, position: int) -> int:
+    """The index of the first byte from `position` on that is not white space."""
+    found = _WHITESPACE.match(raw, position)
+    return found.end() if found else position

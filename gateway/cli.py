@@ -1,0 +1,203 @@
+"""The `tidegate` command.
+
+Exit codes: 0 done, or stopped by a signal; 1 it could not be done (a port in use, a gateway that is not ready); 2 the
+configuration or the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateway.logs import LOG_FORMATS, LOG_LEVELS, configure
+from gateway.version import tidegate_version
+
+if TYPE_CHECKING:  # imported where it is used: `health` and `version` are to be quick
+    from gateway.config import Settings
+
+FAILED = 1
+USAGE_ERROR = 2
+MAX_WORKERS = 64
+
+_NOTHING_TO_SERVE = """tidegate serve: no models are configured. Either
+  give a configuration file:     tidegate serve --config FILE     (start from configs/minimal.yaml)
+  or set them in the environment: TIDEGATE_MODELS='{"chat": {"backend": "pool"}}'
+                                  TIDEGATE_BACKENDS='{"pool": {"engine": "sglang", "replicas": [{"url": "http://..."}]}}'
+  or see a small real model run:  tidegate demo"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:
+        from gateway import demo
+
+        return demo.run(arguments[1:], os.environ, sys.stdout)
+    options = _parser().parse_args(arguments)
+    match options.command:
+        case "version":
+            return _version(options.json)
+        case "schema":
+            return _schema()
+        case "check":
+            return _check(options.file, options.json, _settings_environ(os.environ))
+        case "health":
+            return _health(options, os.environ)
+        case _ if options.worker_fds is not None:
+            from gateway.worker_process import serve_supervised
+
+            configure(options.log_format, options.log_level, options.worker_index)
+            return serve_supervised(options.worker_index, options.worker_fds)
+        case _:
+            return _serve(options, os.environ)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tidegate", description="Gateway and smart router for model servers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _serve_options(commands.add_parser("serve", help="serve the models of a configuration file"))
+    check = commands.add_parser("check", help="check a configuration file and say what is wrong with it")
+    check.add_argument("file", type=Path)
+    check.add_argument("--json", action="store_true", help="report as JSON")
+    health = commands.add_parser("health", help="ask a running gateway whether it is ready; exit code 0 or 1")
+    where = health.add_mutually_exclusive_group()
+    where.add_argument("--url", help="where it is, e.g. http://127.0.0.1:7400 or http+unix://%%2Frun%%2Ftidegate.sock")
+    where.add_argument("--config", type=Path, metavar="FILE", help="the file it serves, to learn where it is")
+    health.add_argument("--timeout", type=_seconds, default=3.0, metavar="S", help="seconds to wait (default 3)")
+    commands.add_parser("schema", help="print the JSON Schema of the configuration file")
+    shown = commands.add_parser("version", help="print the version")
+    shown.add_argument("--json", action="store_true", help="report as JSON")
+    # Only listed here: the demo reads its own options, and `tidegate demo --help` prints them.
+    commands.add_parser("demo", help="run two small real models and the gateway in front of them")
+    return parser
+
+
+def _serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--config", type=Path, metavar="FILE", help="configuration file (YAML)")
+    serve.add_argument("--workers", type=_workers, default=1, metavar="N", help="worker processes (default 1)")
+    serve.add_argument("--uds", metavar="PATH", help="listen on this Unix socket instead of a port")
+    serve.add_argument("--host", help="instead of server.host")
+    serve.add_argument("--port", type=int, help="instead of server.port")
+    serve.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="text (default) or JSON lines")
+    serve.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="what is logged (default info)")
+    # How the supervisor starts its workers.
+    serve.add_argument("--worker-index", type=int, default=0, help=argparse.SUPPRESS)
+    serve.add_argument("--worker-fds", type=_descriptors, help=argparse.SUPPRESS)
+
+
+def _workers(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_WORKERS}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
+    return seconds
+
+
+def _descriptors(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def _settings_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the one `TIDEGATE_` variable that is not a setting."""
+    from gateway.owner import STATE_DIR
+
+    return {name: value for name, value in environ.items() if name != STATE_DIR}
+
+
+def _version(as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"version": tidegate_version(), "python": platform.python_version()}))
+    else:
+        print(f"tidegate {tidegate_version()} (Python {platform.python_version()})")
+    return 0
+
+
+def _schema() -> int:
+    from gateway.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _check(file: Path, as_json: bool, environ: Mapping[str, str]) -> int:
+    from gateway.config import ConfigError, load, require_models
+
+    try:
+        settings = load(file, environ)
+        require_models(settings, str(file))
+    except ConfigError as error:
+        if as_json:
+            problems = [
+                {"file": p.file, "line": p.line, "path": p.path, "message": p.message, "hint": p.hint}
+                for p in error.problems
+            ]
+            print(json.dumps({"ok": False, "problems": problems}))
+        else:
+            print(error, file=sys.stderr)
+        return USAGE_ERROR
+    if as_json:
+        print(json.dumps({"ok": True, "models": sorted(settings.models), "backends": sorted(settings.backends)}))
+    else:
+        print(f"{file}: ok: {len(settings.models)} models, {len(settings.backends)} backends")
+    return 0
+
+
+def _health(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Exit code 1 for everything that is not a yes: a container's health check knows no other."""
+    from gateway import health
+
+    try:
+        url = options.url or health.configured_url(options.config, environ)
+        ready, text = health.check(url, options.timeout)
+    except health.AddressError as error:
+        ready, text = False, str(error)
+    print(text, file=sys.stdout if ready else sys.stderr)
+    return 0 if ready else FAILED
+
+
+def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gateway import serve
+    from gateway.config import ConfigError, load, require_models
+    from gateway.listener import BindError
+
+    configure(options.log_format, options.log_level)
+    settings_environ = _settings_environ(environ)
+    overrides = {
+        f"server.{name}": str(value)
+        for name in ("host", "port", "uds")
+        if (value := getattr(options, name)) is not None
+    }
+
+    def read() -> Settings:
+        settings = load(options.config, settings_environ, overrides)
+        require_models(settings, str(options.config or "environment"))
+        return settings
+
+    try:
+        if options.config is None and not load(None, settings_environ, overrides).models:
+            print(_NOTHING_TO_SERVE, file=sys.stderr)
+            return USAGE_ERROR
+        worker_options = ["--log-format", options.log_format, "--log-level", options.log_level]
+        return serve.run(read(), read, environ, workers=options.workers, worker_options=worker_options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USAGE_ERROR
+    except BindError as error:
+        print(f"tidegate serve: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"tidegate serve: the operating system refused: {error}", file=sys.stderr)
+    return FAILED

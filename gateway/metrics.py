@@ -1,0 +1,180 @@
+"""Counts and histograms of the request path, exposed in Prometheus' text format.
+
+The request path pays for a dictionary look-up and a few additions; names, labels and text are made only when somebody
+scrapes. prometheus_client does the exposition through a collector; its own instruments are not used, because an
+increment there takes a lock and costs several times as much.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from gateway.record import Exchange
+from routing.types import Replica
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+UNKNOWN_MODEL = "unknown"
+"""Label of requests that never resolved to a configured model; what a client typed is never a label."""
+
+
+class Histogram:
+    """Counts per bucket and a sum; the exposition makes them cumulative."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative, as the text format wants them."""
+        cumulative = 0
+        found: list[tuple[str, float]] = []
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self.counts, strict=True):
+            cumulative += count
+            found.append((bound, cumulative))
+        return found
+
+
+class _ModelCounts:
+    """All that is counted for one configured model."""
+
+    __slots__ = ("cached_tokens", "completion_tokens", "cost_usd", "duration", "prompt_tokens", "ttft")
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.completion_tokens = 0
+        self.cost_usd = 0.0
+        self.ttft = Histogram(TTFT_BUCKETS_S)
+        self.duration = Histogram(DURATION_BUCKETS_S)
+
+
+class Metrics:
+    """One worker's counts."""
+
+    def __init__(self) -> None:
+        self.started_unix_s = time.time()
+        self._requests: dict[tuple[str, str, str], int] = {}
+        self._attempts: dict[str, int] = {}
+        self._models: dict[str, _ModelCounts] = {}
+
+    def observe(self, exchange: Exchange) -> None:
+        """Count one settled exchange."""
+        model = exchange.model or UNKNOWN_MODEL
+        key = (model, exchange.route, exchange.outcome or "")
+        self._requests[key] = self._requests.get(key, 0) + 1
+        if not exchange.model:
+            return
+        counts = self._models.get(model)
+        if counts is None:
+            counts = self._models[model] = _ModelCounts()
+        counts.duration.observe(exchange.duration_s)
+        ttft_s = exchange.ttft_s
+        if ttft_s is not None:
+            counts.ttft.observe(ttft_s)
+        used = exchange.usage
+        if used is not None:
+            counts.prompt_tokens += used.prompt_tokens
+            counts.cached_tokens += used.cached_tokens
+            counts.completion_tokens += used.completion_tokens
+        if exchange.cost_usd is not None:
+            counts.cost_usd += exchange.cost_usd
+        if exchange.replica:
+            self._attempts[exchange.replica] = self._attempts.get(exchange.replica, 0) + exchange.attempts
+
+    def families(self) -> Iterator[Metric]:
+        """What was counted, as metric families."""
+        requests = CounterMetricFamily(
+            "tidegate_requests", "Requests by how they ended.", labels=["model", "route", "outcome"]
+        )
+        for labels, count in list(self._requests.items()):
+            requests.add_metric(labels, count)
+        yield requests
+        attempts = CounterMetricFamily(
+            "tidegate_attempts",
+            "Attempts of requests, by the replica that was tried last.",
+            labels=["replica"],
+        )
+        for replica, count in list(self._attempts.items()):
+            attempts.add_metric([replica], count)
+        yield attempts
+        yield from self._token_families()
+        yield self._histogram("tidegate_ttft_seconds", "Time to first content.", lambda counts: counts.ttft)
+        yield self._histogram(
+            "tidegate_request_duration_seconds",
+            "From a request's first byte to its settlement.",
+            lambda c: c.duration,
+        )
+
+    def _token_families(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily(
+            "tidegate_tokens",
+            "Tokens as reported by the model servers; cached_prompt is part of prompt.",
+            labels=["model", "kind"],
+        )
+        cost = CounterMetricFamily("tidegate_cost_usd", "Dollars, where prices are configured.", labels=["model"])
+        for model, counts in list(self._models.items()):
+            tokens.add_metric([model, "prompt"], counts.prompt_tokens)
+            tokens.add_metric([model, "cached_prompt"], counts.cached_tokens)
+            tokens.add_metric([model, "completion"], counts.completion_tokens)
+            cost.add_metric([model], counts.cost_usd)
+        yield tokens
+        yield cost
+
+    def _histogram(self, name: str, text: str, pick: Callable[[_ModelCounts], Histogram]) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=["model"])
+        for model, counts in list(self._models.items()):
+            histogram = pick(counts)
+            family.add_metric([model], histogram.buckets(), histogram.total)
+        return family
+
+
+def replica_families(replicas: Sequence[Replica], now: float) -> Iterator[Metric]:
+    """The replicas' state at this moment."""
+    in_flight = GaugeMetricFamily(
+        "tidegate_replica_in_flight", "Requests under way at a replica.", labels=["pool", "replica"]
+    )
+    available = GaugeMetricFamily(
+        "tidegate_replica_available", "1 when the replica may be chosen.", labels=["pool", "replica"]
+    )
+    for replica in replicas:
+        in_flight.add_metric([replica.pool, replica.name], replica.in_flight)
+        available.add_metric([replica.pool, replica.name], float(replica.available(now)))
+    yield in_flight
+    yield available
+
+
+def process_families(
+    in_flight: int, body_bytes: int, usage_records_lost: int, started_unix_s: float
+) -> Iterator[Metric]:
+    """The worker process itself."""
+    yield GaugeMetricFamily("tidegate_in_flight", "Requests under way.", value=in_flight)
+    yield GaugeMetricFamily("tidegate_request_bytes_held", "Request bytes held in memory.", value=body_bytes)
+    yield CounterMetricFamily(
+        "tidegate_usage_records_lost", "Usage records that could not be written.", value=usage_records_lost
+    )
+    yield GaugeMetricFamily("process_start_time_seconds", "When the process started.", value=started_unix_s)
+    yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory.", value=_resident_bytes())
+    times = os.times()
+    yield CounterMetricFamily("process_cpu_seconds", "CPU time, user and system.", value=times.user + times.system)
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

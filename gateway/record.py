@@ -1,0 +1,85 @@
+"""The one mutable record of an exchange, and the enum of how it ended.
+
+The exchange function fills it while the request runs; metrics, the usage log and the admin API read it afterwards.
+Times are `time.monotonic()` seconds; `started_at` is also kept as wall-clock time for people.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from gateway.config import Price
+
+
+class Outcome(StrEnum):
+    """How an exchange ended: exactly one per request, few values, used as a metric label."""
+
+    COMPLETED = "completed"
+    REJECTED = "rejected"
+    """Tidegate refused it: bad body, unknown model, too large. The client's fault."""
+    UPSTREAM_REJECTED = "upstream_rejected"
+    """The model server refused it with a 4xx."""
+    UPSTREAM_ERROR = "upstream_error"
+    """The model server failed before any content reached the client."""
+    UPSTREAM_INTERRUPTED = "upstream_interrupted"
+    """The model server's stream broke or stopped short after content had been sent."""
+    UNAVAILABLE = "unavailable"
+    """No replica could take it."""
+    TIMEOUT = "timeout"
+    CLIENT_LEFT = "client_left"
+    """The client disconnected first. Not an error, and no mark against the replica."""
+    DRAINED = "drained"
+    """Ended by this gateway's own shutdown."""
+    INTERNAL = "internal"
+    """A defect of Tidegate."""
+
+
+class Usage(msgspec.Struct):
+    """Tokens as the model server reported them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Exchange(msgspec.Struct):
+    """Everything that is known about one request, from its first byte to its settlement."""
+
+    request_id: str
+    route: str
+    started_at: float
+    started_unix_s: float
+    model: str = ""
+    stream: bool = False
+    request_bytes: int = 0
+    response_bytes: int = 0
+    pool: str = ""
+    replica: str = ""
+    region: str | None = None
+    route_reason: str = ""
+    attempts: int = 0
+    status: int = 0
+    """HTTP status sent to the client; 0 when it left before one was sent."""
+    outcome: Outcome | None = None
+    error_code: str | None = None
+    dispatched_at: float | None = None
+    """When the last attempt's bytes were written to its replica."""
+    first_content_at: float | None = None
+    finished_at: float | None = None
+    usage: Usage | None = None
+    content_events: int = 0
+    """Content events relayed; stands in for output tokens when the stream ended before its usage came."""
+    price: Price | None = None
+    cost_usd: float | None = None
+    """None where the configuration gives no price, or no usage was reported."""
+
+    @property
+    def duration_s(self) -> float:
+        return (self.finished_at or self.started_at) - self.started_at
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first content event, measured at the gateway; None when none came."""
+        return None if self.first_content_at is None else self.first_content_at - self.started_at

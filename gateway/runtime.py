@@ -1,0 +1,162 @@
+"""Everything one worker shares between its requests, built once and passed in."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from backends.ticker import Ticker
+from backends.upstream import Upstream
+from gateway import usage
+from gateway.config import RESTART_ONLY, Settings
+from gateway.errors import GatewayError
+from gateway.fleet import Fleet, build_fleet
+from gateway.ledger import Ledger
+from gateway.metrics import Metrics
+from gateway.order import Call
+from gateway.record import Exchange, Outcome
+from gateway.relay import Relay
+from routing.types import Policy
+
+MAX_BACKGROUND_TASKS = 1000
+_RETIRE_POLL_S = 0.25
+
+
+class ByteBudget:
+    """Bounds the request bytes held in memory at once, over all requests of a worker."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+
+    def take(self, size_bytes: int) -> bool:
+        """Reserve; False, and nothing reserved, when the limit would be passed."""
+        if self.used_bytes + size_bytes > self.limit_bytes:
+            return False
+        self.used_bytes += size_bytes
+        return True
+
+    def give_back(self, size_bytes: int) -> None:
+        self.used_bytes -= size_bytes
+
+
+class Runtime:
+    """One worker's shared state. Create it inside the event loop that will use it."""
+
+    def __init__(self, settings: Settings, policy: Policy, metrics: Metrics, ledger: Ledger) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.metrics = metrics
+        self.ledger = ledger
+        self.loop = asyncio.get_running_loop()
+        """Kept, because asking for it costs a system call per request on CPython 3.11 (a check of the process id)."""
+        self.ticker = Ticker(self.loop)
+        self.fleet: Fleet = build_fleet(settings, self.ticker, time.time())
+        self.body_budget = ByteBudget(settings.server.max_in_flight_bytes)
+        self.draining = False
+        """Set by shutdown: `/readyz` fails and replies close their connections."""
+        self._relays: set[Relay] = set()
+        self._live: set[str] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._id_prefix = f"req_{secrets.token_hex(8)}"
+        self._ids = itertools.count(1)
+
+    @property
+    def in_flight(self) -> int:
+        """Exchanges that have begun and are not settled."""
+        return len(self._live)
+
+    def new_request_id(self) -> str:
+        """Unique over workers and restarts: 64 random bits for the process, then a counter."""
+        return f"{self._id_prefix}{next(self._ids):08x}"
+
+    def begin(self, call: Call) -> Exchange:
+        """Open the record of a call. Every opened record must be given to `settle`."""
+        now = time.monotonic()
+        exchange = Exchange(
+            request_id=self.new_request_id(),
+            route=call.path,
+            started_at=call.received_at,
+            started_unix_s=time.time() - (now - call.received_at),
+            request_bytes=len(call.body),
+        )
+        self._live.add(exchange.request_id)
+        return exchange
+
+    def settle(self, exchange: Exchange) -> None:
+        """Close the record: price it, count it, write it down. Synchronous, so that nothing can come in between."""
+        exchange.finished_at = time.monotonic()
+        if exchange.outcome is None:
+            exchange.outcome = Outcome.INTERNAL
+        if exchange.price is not None and exchange.usage is not None:
+            exchange.cost_usd = usage.cost_usd(exchange.usage, exchange.price)
+        self._live.discard(exchange.request_id)
+        self.metrics.observe(exchange)
+        self.ledger.record(exchange)
+
+    @contextmanager
+    def relaying(self, relay: Relay) -> Iterator[None]:
+        """Keep the relay's deadlines running, and let shutdown reach it, for the length of the block."""
+        self._relays.add(relay)
+        relay.open()
+        try:
+            yield
+        finally:
+            relay.close()
+            self._relays.discard(relay)
+
+    def interrupt_all(self, error: GatewayError) -> None:
+        """End every exchange under way with this error."""
+        for relay in list(self._relays):
+            relay.interrupt(error)
+
+    def abort(self, upstream: Upstream, request_id: str) -> None:
+        """Have the engine told, in the background, that nobody waits for this request any more."""
+        if upstream.dialect.abort_request(request_id) is not None:
+            self.spawn(upstream.abort(request_id))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run best-effort work that no request waits for. Bounded: beyond the limit it is dropped."""
+        if len(self._background) >= MAX_BACKGROUND_TASKS:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def reload(self, settings: Settings) -> None:
+        """Serve new requests by `settings`; those under way end as they began.
+
+        The sections that need a restart stay as they were, so that what is reported is what is in force.
+        """
+        kept = {name: getattr(self.settings, name) for name in RESTART_ONLY}
+        settings = settings.model_copy(update=kept)
+        old = self.fleet
+        self.fleet = build_fleet(settings, self.ticker, time.time(), old)
+        self.settings = settings
+        self.spawn(self._retire(old))
+
+    async def _retire(self, old: Fleet) -> None:
+        """Close what only the old fleet used, once every exchange that may still come for it has ended."""
+        before = set(self._live)
+        while before & self._live:  # noqa: ASYNC110 - an event would have to be set on the hot path
+            await asyncio.sleep(_RETIRE_POLL_S)
+        kept = set(self.fleet.upstreams())
+        for upstream in old.upstreams():
+            if upstream not in kept:
+                upstream.pool.close_when_idle()
+
+    async def aclose(self) -> None:
+        """Close every connection and file. Requests under way are cut."""
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        for upstream in self.fleet.upstreams():
+            await upstream.pool.aclose(force=True)
+        self.ticker.close()
+        await self.ledger.aclose()

@@ -1,0 +1,224 @@
+"""Looks on at a server-sent-event stream of completions while its bytes pass through unchanged.
+
+`StreamReader.feed` takes what one socket read brought and returns what may go to the client now: whole events only,
+byte for byte, so that an error event can always be placed between two events. It learns on the way what settlement
+and honesty need: when content began, which choices finished, the usage, an error sent in the stream, `[DONE]`.
+
+Two events are kept back. The usage chunk, when the caller did not ask for it (the gateway always asks). And
+`[DONE]` while some choice has no `finish_reason`: engines send it early when they are stopped, and passing it on
+would turn a cut answer into a complete one.
+
+Parsing every event would cost more than relaying it, so an event is parsed only when a few substring counts cannot
+show that it is an ordinary content delta. That is safe because a double quote inside a JSON string is always
+escaped: the bytes `"finish_reason":null` can only be a key and its value.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+from gateway.record import Usage
+
+_BOUNDARY = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
+"""End of an event: a line end and an empty line, in any of the three line endings that SSE allows."""
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+class EventTooLarge(Exception):
+    """One event exceeded the configured size without ending."""
+
+
+class StreamReader:
+    """Reads one completion stream, whatever the chunking. Synchronous; holds at most one unfinished event."""
+
+    __slots__ = (
+        "_finished",
+        "_late_line_feed",
+        "_pending",
+        "_scanned",
+        "content_events",
+        "content_started",
+        "done",
+        "error",
+        "expected_choices",
+        "hide_usage",
+        "malformed_events",
+        "max_event_bytes",
+        "usage",
+    )
+
+    def __init__(self, *, expected_choices: int = 1, hide_usage: bool = False, max_event_bytes: int = 1 << 20) -> None:
+        self.expected_choices = expected_choices
+        self.hide_usage = hide_usage
+        self.max_event_bytes = max_event_bytes
+        self.content_started = False
+        """A content, reasoning, refusal or tool-call delta, or a finish reason, has been seen."""
+        self.content_events = 0
+        self.malformed_events = 0
+        self.usage: Usage | None = None
+        self.done = False
+        """`[DONE]` has been seen."""
+        self.error: dict[str, Any] | None = None
+        """The error object an event carried; nothing is passed on from there."""
+        self._finished: set[Any] = set()
+        self._late_line_feed: bytes | None = None
+        """After an event that ended in CR: what to pass on for an LF, should it come first in the next read."""
+        self._pending = bytearray()
+        self._scanned = 0
+
+    @property
+    def complete(self) -> bool:
+        """Every choice has a finish reason. `[DONE]` plays no part in it."""
+        return len(self._finished) >= self.expected_choices
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes; return the whole events that may be passed on. Raises `EventTooLarge`."""
+        if self._late_line_feed is not None and data:
+            passed, self._late_line_feed = self._late_line_feed, None
+            if data[:1] == b"\n":
+                return passed + self.feed(data[1:])
+        if self.done or self.error is not None:
+            return b""
+        if not self._pending and data.endswith(b"\n\n") and b"\r" not in data:
+            if self.content_started and self._is_ordinary(data):
+                return data
+            return self._events(data.split(b"\n\n")[:-1], b"\n\n")
+        return self._feed_pieces(data)
+
+    def _is_ordinary(self, data: bytes) -> bool:
+        """Whether these whole events are content deltas and nothing else; if so, count them."""
+        events = data.count(b"\n\n")
+        if (
+            data.count(b'"finish_reason":null') == events
+            and data.count(b'"finish_reason":') == events
+            and data.count(b'"choices":[{') == events
+            and b'"usage":{' not in data
+            and b'"error":' not in data
+            and len(data) <= self.max_event_bytes
+        ):
+            self.content_events += events
+            return True
+        return False
+
+    def _feed_pieces(self, data: bytes) -> bytes:
+        """The general case: events in pieces, or with carriage returns."""
+        pending = self._pending
+        pending += data
+        start = 0
+        passed: list[bytes] = []
+        for boundary in _BOUNDARY.finditer(pending, self._scanned):
+            end = boundary.end()
+            passed.append(self._event(bytes(pending[start : boundary.start()]), bytes(pending[boundary.start() : end])))
+            start = end
+            if self.done or self.error is not None:
+                break
+        if start and start == len(pending) and pending.endswith(b"\r"):
+            self._late_line_feed = b"\n" if passed[-1] else b""
+        del pending[:start]
+        if len(pending) > self.max_event_bytes:
+            raise EventTooLarge
+        # A boundary is at most four bytes long, so only the last three seen can still become part of one.
+        self._scanned = max(0, len(pending) - 3)
+        return b"".join(passed)
+
+    def _events(self, events: list[bytes], terminator: bytes) -> bytes:
+        passed: list[bytes] = []
+        for event in events:
+            passed.append(self._event(event, terminator))
+            if self.done or self.error is not None:
+                break
+        return b"".join(passed)
+
+    def _event(self, event: bytes, terminator: bytes) -> bytes:
+        """Judge one event; return it with its terminator, or nothing when it must not be passed on."""
+        if len(event) > self.max_event_bytes:
+            raise EventTooLarge
+        name, payload = _fields(event)
+        if payload is None:
+            return event + terminator
+        if payload == b"[DONE]":
+            self.done = True
+            return event + terminator if self.complete else b""
+        try:
+            chunk = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            chunk = None
+        if not isinstance(chunk, dict):
+            self.malformed_events += 1
+            return event + terminator
+        error = _error_in(chunk, name)
+        if error is not None:
+            self.error = error
+            return b""
+        self._read_choices(chunk.get("choices"))
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self.usage = read_usage(usage)
+            if self.hide_usage and not chunk.get("choices"):
+                return b""
+        return event + terminator
+
+    def _read_choices(self, choices: Any) -> None:
+        if not isinstance(choices, list):
+            return
+        for choice in choices:
+            if not isinstance(choice, dict):
+                continue
+            if choice.get("finish_reason"):
+                self._finished.add(choice.get("index", 0))
+                self.content_started = True
+            if _has_content(choice):
+                self.content_events += 1
+                self.content_started = True
+
+
+def _fields(event: bytes) -> tuple[bytes, bytes | None]:
+    """The event's name and its data; None when it has no data line (comments, pings)."""
+    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:
+        return b"", event[5:].strip()
+    name = b""
+    data: list[bytes] = []
+    for line in _LINE_END.split(event):
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value.removeprefix(b" "))
+        elif field == b"event":
+            name = value.strip()
+    return name, b"\n".join(data).strip() if data else None
+
+
+def _error_in(chunk: dict[str, Any], name: bytes) -> dict[str, Any] | None:
+    """The error an event carries: OpenAI's nested form, a bare string, or SGLang's flat object."""
+    error = chunk.get("error")
+    if isinstance(error, dict) and error:
+        return error
+    if error:
+        return {"message": str(error)}
+    if chunk.get("object") == "error" or name == b"error":
+        return chunk
+    return None
+
+
+def _has_content(choice: dict[str, Any]) -> bool:
+    """Any delta besides the role counts: content, reasoning under any of its names, refusal, tool calls, audio."""
+    if choice.get("text"):
+        return True
+    delta = choice.get("delta")
+    return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+
+
+def read_usage(usage: dict[str, Any]) -> Usage:
+    """Token counts from OpenAI's usage object; a missing or null count is 0 (some engines send null details)."""
+    details = usage.get("prompt_tokens_details")
+    return Usage(
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
+    )
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0

@@ -1,0 +1,135 @@
+"""The life of one worker: start, serve, reload, drain, stop. Who tells it to, signals or a supervisor, is in `serve`.
+
+A graceful stop: `/readyz` fails at once, so that load balancers turn away; requests are still served for `grace_s`;
+then nothing new is accepted, and streams may finish for up to `drain_s`; what is left is ended with an error event.
+`hurry` skips whatever is being waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+
+from starlette.types import ASGIApp
+
+from gateway.api import build_app
+from gateway.config import Settings
+from gateway.errors import Draining
+from gateway.ledger import Ledger
+from gateway.listener import Listener, admin_listener, inference_listener
+from gateway.metrics import Metrics
+from gateway.runtime import Runtime
+from gateway.sources import Source
+from gateway.state import LocalSource
+from routing.policies import LeastOutstanding
+
+logger = logging.getLogger("tidegate")
+
+LAST_WORDS_S = 2.0
+"""How long clients get to receive the error event that ends their stream."""
+_POLL_S = 0.05
+
+
+class StartError(Exception):
+    """The worker cannot serve; the message says which setting is to blame and why."""
+
+
+class Worker:
+    """Serves on sockets that are bound already, until it is told to stop. Create it inside its event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        sockets: Sequence[socket.socket],
+        admin_sockets: Sequence[socket.socket],
+        build_admin: Callable[[Source], ASGIApp],
+        index: int = 0,
+    ) -> None:
+        path = settings.usage_log.path
+        self._sockets = sockets
+        self._admin_sockets = admin_sockets
+        self._ledger = Ledger(None if path is None else Path(path))
+        self._runtime = Runtime(settings, LeastOutstanding(Random()), Metrics(), self._ledger)
+        self._admin_app = build_admin(LocalSource(self._runtime, index))
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._graceful = True
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def stop(self, *, graceful: bool) -> None:
+        """Begin to stop; without grace, requests under way may still finish. Only the first call counts."""
+        if not self.stopping:
+            self._graceful = graceful
+            self._stop.set()
+
+    def hurry(self) -> None:
+        """Skip what the stop is waiting for."""
+        self._hurry.set()
+
+    def reload(self, settings: Settings) -> None:
+        """Serve new requests by these settings. A defect in doing so is logged and ends nothing that works."""
+        try:
+            self._runtime.reload(settings)
+        except Exception:
+            logger.exception("reload failed")
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Serve until stopped; `on_ready` is called once connections are accepted. Raises `StartError`."""
+        runtime = self._runtime
+        try:
+            self._ledger.start()
+        except OSError as error:
+            raise StartError(f"usage_log.path: cannot write {self._ledger.path}: {error.strerror or error}.") from error
+        listener, sweep = inference_listener(build_app(runtime), runtime)
+        runtime.ticker.add(sweep)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(listener.serve(list(self._sockets)))
+            admin: Listener | None = None
+            if self._admin_sockets:
+                admin = admin_listener(self._admin_app)
+                tasks.create_task(admin.serve(list(self._admin_sockets)))
+            await listener.ready.wait()
+            on_ready()
+            await self._stop.wait()
+            await self._drain(runtime, listener)
+            listener.should_exit = True
+            if admin is not None:
+                admin.should_exit = True
+                admin.cut()
+        await runtime.aclose()
+
+    async def _drain(self, runtime: Runtime, listener: Listener) -> None:
+        shutdown = runtime.settings.shutdown
+        runtime.draining = True
+        if self._graceful and shutdown.grace_s > 0:
+            logger.info("stopping: not ready any more, serving for another %g s", shutdown.grace_s)
+            await self._wait(shutdown.grace_s, until_idle=None)
+        listener.stop_accepting()
+        if runtime.in_flight:
+            logger.info("stopping: %d requests may finish within %g s", runtime.in_flight, shutdown.drain_s)
+        await self._wait(shutdown.drain_s, until_idle=runtime)
+        if runtime.in_flight:
+            logger.warning("stopping: ending %d requests that did not finish", runtime.in_flight)
+            runtime.interrupt_all(Draining("This gateway is shutting down.", retry_after_s=1.0))
+            self._hurry.clear()
+            await self._wait(LAST_WORDS_S, until_idle=runtime)
+        listener.stop_accepting()
+        await asyncio.sleep(_POLL_S)
+        listener.cut()
+
+    async def _wait(self, limit_s: float, *, until_idle: Runtime | None) -> None:
+        """Until the limit, a second signal, or (if asked) nothing is in flight."""
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end and not self._hurry.is_set():
+            if until_idle is not None and not until_idle.in_flight:
+                return
+            await asyncio.sleep(_POLL_S)

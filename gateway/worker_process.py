@@ -1,0 +1,131 @@
+"""A process with one worker in it: alone, led by signals; or one of several, led by the supervisor's messages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import uvloop
+from pydantic import SecretStr
+
+from backends.launch.tether import tie_to
+from gateway import control
+from gateway.admin import admin_app, private_app
+from gateway.config import Settings
+from gateway.logs import log_loop_problem
+from gateway.reload import Reloader
+from gateway.worker import StartError, Worker
+
+logger = logging.getLogger("tidegate")
+
+
+def serve_alone(
+    settings: Settings,
+    read: Callable[[], Settings],
+    sockets: Sequence[socket.socket],
+    admin_sockets: Sequence[socket.socket],
+    admin_token: SecretStr | None,
+    on_ready: Callable[[], None],
+) -> int:
+    """The only worker: SIGTERM stops it, a second one hurries, SIGINT (Ctrl-C) stops without grace, SIGHUP reloads.
+
+    SIGINT has no grace because nobody balances load on a terminal. Returns the exit code.
+    """
+
+    async def serve() -> int:
+        worker = Worker(
+            settings,
+            sockets=sockets,
+            admin_sockets=admin_sockets,
+            build_admin=lambda source: admin_app([source], host=settings.admin.host, token=admin_token),
+        )
+
+        def stop(graceful: bool) -> None:
+            if worker.stopping:
+                worker.hurry()
+            worker.stop(graceful=graceful)
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, stop, True)
+        loop.add_signal_handler(signal.SIGINT, stop, False)
+        loop.add_signal_handler(signal.SIGHUP, Reloader(settings, read, worker.reload).request)
+        await worker.run(on_ready)
+        logger.info("stopped")
+        return 0
+
+    try:
+        return _run(serve())
+    except StartError as error:
+        logger.error("%s", error)
+        return 1
+
+
+def serve_supervised(index: int, fds: Sequence[int]) -> int:
+    """One of several workers; `fds` are the supervisor's socket, the one for admin, and those for clients.
+
+    Signals only count as a wish to stop this worker in order: the supervisor gets them too, and decides for all.
+    """
+    told, admin, *sockets = [_adopt(fd) for fd in fds]
+
+    async def serve() -> int:
+        reader, writer = await asyncio.open_connection(sock=told)
+        begin = await control.receive(reader)
+        if not isinstance(begin, control.Begin):
+            return 1
+        tie_to(begin.parent_pid)
+        worker = Worker(
+            begin.settings, sockets=sockets, admin_sockets=[admin], build_admin=lambda s: private_app([s]), index=index
+        )
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, lambda: worker.stop(graceful=True))
+        loop.add_signal_handler(signal.SIGINT, lambda: worker.stop(graceful=False))
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        obeying = loop.create_task(_obey(worker, reader), name="control")
+        try:
+            await worker.run(lambda: writer.write(f"{control.READY}\n".encode()))
+        except StartError as error:
+            writer.write(f"{control.FAILED}{error}\n".encode())
+            await writer.drain()
+            raise
+        finally:
+            obeying.cancel()
+            writer.close()
+        return 0
+
+    try:
+        return _run(serve())
+    except (StartError, ProcessLookupError):  # the supervisor was told, or is gone
+        return 1
+
+
+async def _obey(worker: Worker, reader: asyncio.StreamReader) -> None:
+    """Do what the supervisor says. When it is gone, end as quickly as an orderly end allows."""
+    while True:
+        match await control.receive(reader):
+            case control.Stop(graceful):
+                worker.stop(graceful=graceful)
+            case control.Hurry():
+                worker.hurry()
+            case control.Reload(settings):
+                worker.reload(settings)
+            case None:
+                worker.stop(graceful=False)
+                worker.hurry()
+                return
+
+
+def _adopt(fd: int) -> socket.socket:
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    sock.setblocking(False)
+    return sock
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.get_loop().set_exception_handler(log_loop_problem)
+        return runner.run(work)

@@ -1,0 +1,155 @@
+"""What is counted, how it is exposed, and that it is documented."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from gateway.metrics import TTFT_BUCKETS_S, UNKNOWN_MODEL, Histogram, Metrics, process_families, replica_families
+from gateway.record import Exchange, Outcome, Usage
+from loadtests.engine import FakeEngine
+from loadtests.rawclient import CHAT
+from routing.types import Replica
+from tests.support.http import ask
+from tests.support.serving import serving, settings_for
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "metrics.md"
+NAME = re.compile(r'"((?:tidegate|process)_[a-z_]+)"')
+
+
+def settled(model: str = "m", outcome: Outcome = Outcome.COMPLETED, **fields: object) -> Exchange:
+    exchange = Exchange("req_1", "/v1/chat/completions", 10.0, 0.0, model=model)
+    exchange.outcome, exchange.finished_at = outcome, 12.0
+    for name, value in fields.items():
+        setattr(exchange, name, value)
+    return exchange
+
+
+def families(metrics: Metrics) -> dict[str, Metric]:
+    return {family.name: family for family in metrics.families()}
+
+
+def value(metrics: Metrics, sample: str, **labels: str) -> float | None:
+    for family in metrics.families():
+        for each in family.samples:
+            if each.name == sample and each.labels == labels:
+                return each.value
+    return None
+
+
+def everything() -> list[Metric]:
+    """All families of a worker, with samples in them."""
+    metrics = Metrics()
+    metrics.observe(settled(usage=Usage(1, 1, 1), cost_usd=0.1, replica="pool-0", attempts=1, first_content_at=11.0))
+    replica = Replica("pool-0", "pool", "http://x", "openai")
+    return [*metrics.families(), *replica_families([replica], 0.0), *process_families(1, 2, 3, 4.0)]
+
+
+def test_requests_are_counted_by_model_route_and_outcome() -> None:
+    metrics = Metrics()
+    for outcome in (Outcome.COMPLETED, Outcome.COMPLETED, Outcome.CLIENT_LEFT):
+        metrics.observe(settled(outcome=outcome))
+    labels = {"model": "m", "route": "/v1/chat/completions"}
+    assert value(metrics, "tidegate_requests_total", **labels, outcome="completed") == 2
+    assert value(metrics, "tidegate_requests_total", **labels, outcome="client_left") == 1
+
+
+def test_tokens_and_cost_add_up() -> None:
+    metrics = Metrics()
+    for _ in range(3):
+        metrics.observe(settled(usage=Usage(10, 5, 4), cost_usd=0.25))
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="prompt") == 30
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="cached_prompt") == 12
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="completion") == 15
+    assert value(metrics, "tidegate_cost_usd_total", model="m") == 0.75
+
+
+def test_time_to_first_content_is_only_counted_where_there_was_content() -> None:
+    metrics = Metrics()
+    metrics.observe(settled(first_content_at=10.3))
+    metrics.observe(settled(outcome=Outcome.UPSTREAM_ERROR))
+    assert value(metrics, "tidegate_ttft_seconds_count", model="m") == 1
+    assert value(metrics, "tidegate_ttft_seconds_bucket", model="m", le="0.25") == 0
+    assert value(metrics, "tidegate_ttft_seconds_bucket", model="m", le="0.5") == 1
+    assert value(metrics, "tidegate_request_duration_seconds_count", model="m") == 2
+
+
+@given(st.lists(st.floats(0, 1000), max_size=40))
+def test_a_histogram_counts_each_value_once_in_cumulative_buckets(seen: list[float]) -> None:
+    histogram = Histogram(TTFT_BUCKETS_S)
+    for each in seen:
+        histogram.observe(each)
+    *finite, last = histogram.buckets()
+    assert last[0] == "+Inf"
+    assert last[1] == len(seen)
+    for bound, count in finite:
+        assert count == sum(each <= float(bound) for each in seen)
+    assert histogram.total == pytest.approx(sum(seen))
+
+
+def test_the_exposition_can_be_read_back() -> None:
+    class Fixed(Collector):
+        def collect(self) -> list[Metric]:
+            return everything()
+
+    registry = CollectorRegistry()
+    registry.register(Fixed())
+    read = list(text_string_to_metric_families(generate_latest(registry).decode()))
+    assert {family.name for family in read} == {family.name for family in everything()}
+
+
+def test_names_begin_with_tidegate_or_process_and_carry_their_unit() -> None:
+    for family in everything():
+        assert family.name.startswith(("tidegate_", "process_"))
+        assert family.documentation.endswith(".")
+        assert not re.search(r"_(ms|millis|mb|kb)\b", family.name)
+
+
+def test_every_metric_and_label_in_the_source_is_on_the_page_and_the_other_way_round() -> None:
+    text = PAGE.read_text()
+    source = "".join([path.read_text() for path in (ROOT / "gateway").rglob("*.py")])
+    suffixed = {family.name + ("_total" if family.type == "counter" else "") for family in everything()}
+    named = {name for name in NAME.findall(source) if name not in {family.name for family in everything()}} | suffixed
+    documented = set(re.findall(r"^\| `((?:tidegate|process)_\w+)`", text, re.MULTILINE))
+    assert documented == named
+    for family in everything():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{family.name}"))
+        for label in {label for sample in family.samples for label in sample.labels} - {"le"}:
+            assert f"`{label}`" in row, f"{family.name}: {label}"
+
+
+def test_every_outcome_is_on_the_page() -> None:
+    documented = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE))
+    assert set(Outcome) <= documented
+
+
+async def test_what_clients_type_never_becomes_a_label() -> None:
+    async with FakeEngine() as engine, serving(settings_for([engine.url])) as gateway:
+        for number in range(20):
+            body = {**CHAT, "model": f"made-up-{number}"}
+            assert (await ask(gateway, body, "/v1/chat/completions", f"x-tidegate-region: r{number}")).status == 404
+        assert (await ask(gateway, b"nonsense")).status == 400
+        await ask(gateway, CHAT, "/v1/made/up")
+        await ask(gateway, CHAT)
+        await gateway.settled(22)
+        samples = [sample for family in gateway.runtime.metrics.families() for sample in family.samples]
+    found = {name: {sample.labels[name] for sample in samples if name in sample.labels} for name in ("model", "route")}
+    assert found == {"model": {UNKNOWN_MODEL, "m"}, "route": {"/v1/chat/completions"}}
+
+
+async def test_an_alias_counts_as_its_model() -> None:
+    models = {"m": {"backend": "pool", "aliases": ["other"]}}
+    async with FakeEngine() as engine, serving(settings_for([engine.url], models=models)) as gateway:
+        await ask(gateway, {**CHAT, "model": "other"})
+        await gateway.settled()
+        labels = {"model": "m", "route": "/v1/chat/completions", "outcome": "completed"}
+        assert value(gateway.runtime.metrics, "tidegate_requests_total", **labels) == 1
