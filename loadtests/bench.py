@@ -62,15 +62,11 @@ def measure(peer: Peer, plan: Plan, folder: Path) -> Measured:
         return {**found, "rss_mb": round(rss_mb(target.pid), 1)}
 
 
-def _plain(
-    target: Running, plan: Plan, folder: Path, size_bytes: int, connections: int, count: int
-) -> Measured:
+def _plain(target: Running, plan: Plan, folder: Path, size_bytes: int, connections: int, count: int) -> Measured:
     if plan.load == "wrk":
         command = _wrk(target, folder, size_bytes, connections, count)
     else:
-        command = python(
-            "-m", "loadtests.requests", f"--url={target.url}", f"--model={MODEL}", f"--max-s={MAX_S}"
-        )
+        command = python("-m", "loadtests.requests", f"--url={target.url}", f"--model={MODEL}", f"--max-s={MAX_S}")
         command += [f"--connections={connections}", f"--requests={count}", f"--body-bytes={size_bytes}"]
     return _cost(target, command, "requests")
 
@@ -118,9 +114,7 @@ def _wrk(target: Running, folder: Path, size_bytes: int, connections: int, count
 def _run(command: list[str]) -> Measured:
     """Run a load generator on its core; the last line of its output is its result."""
     with pinned(LOAD_CORE):
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=2 * MAX_S, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * MAX_S, check=False)
     if done.returncode:
         raise StartFailed(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-1500:]}")
     result: Measured = json.loads(done.stdout.splitlines()[-1])
@@ -147,33 +141,21 @@ def run(peers: list[Peer], plan: Plan) -> tuple[list[Measured], list[str]]:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.bench", description="Compare Tidegate with its peers."
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one short round; writes no files unless told to"
-    )
+    parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description="Compare Tidegate with its peers.")
+    parser.add_argument("--quick", action="store_true", help="one short round; writes no files unless told to")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--requests", type=int, help="requests per workload with 32 connections")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--load", choices=("auto", "own", "wrk"), default="auto")
     parser.add_argument("--out", type=Path, help="where the figures go (default: docs/benchmarks.json)")
-    parser.add_argument(
-        "--table", type=Path, help="the page that holds the table (default: docs/benchmarks.md)"
-    )
+    parser.add_argument("--table", type=Path, help="the page that holds the table (default: docs/benchmarks.md)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
     plan = QUICK if options.quick else FULL
-    load = (
-        options.load
-        if options.load != "auto"
-        else "own"
-        if options.quick or not shutil.which("wrk")
-        else "wrk"
-    )
+    load = options.load if options.load != "auto" else "own" if options.quick or not shutil.which("wrk") else "wrk"
     plan = dataclasses.replace(plan, load=load)
     if options.rounds:
         plan = dataclasses.replace(plan, rounds=options.rounds)

@@ -318,9 +318,7 @@ class Connection(asyncio.Protocol):
                 request.writes += 1
             elif isinstance(step, float):
                 # loop.time() and time.monotonic() are the same clock
-                self._timer = self._loop.call_at(
-                    max(request.received_at + step, self._loop.time()), self._advance
-                )
+                self._timer = self._loop.call_at(max(request.received_at + step, self._loop.time()), self._advance)
                 return
             else:
                 self._end(request, step)

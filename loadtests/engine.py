@@ -172,9 +172,7 @@ def _arguments(argv: list[str] | None) -> tuple[FakeEngine, bool]:
     script = parser.add_argument_group("the default script (see loadtests/behaviour.py)")
     names = [field.name for field in dataclasses.fields(Behaviour)]
     for name in names:
-        script.add_argument(
-            "--" + name.replace("_", "-"), dest=name, nargs="?", const="true", metavar="VALUE"
-        )
+        script.add_argument("--" + name.replace("_", "-"), dest=name, nargs="?", const="true", metavar="VALUE")
     options = parser.parse_args(argv)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     try:

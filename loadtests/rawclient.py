@@ -38,19 +38,13 @@ class Reply:
 
     @property
     def texts(self) -> list[str]:
-        deltas = [
-            e["choices"][0].get("delta", {}) for e in self.events if isinstance(e, dict) and e.get("choices")
-        ]
+        deltas = [e["choices"][0].get("delta", {}) for e in self.events if isinstance(e, dict) and e.get("choices")]
         return [delta["content"] for delta in deltas if delta.get("content")]
 
 
-def request_bytes(
-    body: Any, path: str = "/v1/chat/completions", headers: str = "", method: str = "POST"
-) -> bytes:
+def request_bytes(body: Any, path: str = "/v1/chat/completions", headers: str = "", method: str = "POST") -> bytes:
     data = json.dumps(body).encode() if body is not None else b""
-    return (
-        f"{method} {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(data)}\r\n\r\n".encode() + data
-    )
+    return f"{method} {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(data)}\r\n\r\n".encode() + data
 
 
 async def open_to(engine: FakeEngine) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -59,9 +53,7 @@ async def open_to(engine: FakeEngine) -> tuple[asyncio.StreamReader, asyncio.Str
     return await asyncio.open_connection("127.0.0.1", engine.ports[0])
 
 
-async def ask(
-    engine: FakeEngine, body: Any = CHAT, path: str = "/v1/chat/completions", **kwargs: Any
-) -> Reply:
+async def ask(engine: FakeEngine, body: Any = CHAT, path: str = "/v1/chat/completions", **kwargs: Any) -> Reply:
     reader, writer = await open_to(engine)
     try:
         writer.write(request_bytes(body, path, **kwargs))

@@ -95,9 +95,7 @@ def steps(call: Call, b: Behaviour) -> Iterator[Step]:
     if b.delay_head_s:
         yield b.delay_head_s
     if b.interim:
-        yield head(
-            b.interim, [("link", "</fake>; rel=preload")] if b.interim == HTTPStatus.EARLY_HINTS else []
-        )
+        yield head(b.interim, [("link", "</fake>; rel=preload")] if b.interim == HTTPStatus.EARLY_HINTS else [])
     if b.raw is not None:
         yield b.raw.encode("latin-1")
         yield End.CLOSE
@@ -118,9 +116,7 @@ def body(call: Call, b: Behaviour) -> bytes:
         return dumps(error(f"the fake engine was told to answer {b.status}", b.status), spaces=b.spaces)
     value: Json
     if call.kind == "embeddings":
-        vectors = [
-            {"object": "embedding", "index": i, "embedding": [0.25, -0.5, 1.0]} for i in range(call.prompts)
-        ]
+        vectors = [{"object": "embedding", "index": i, "embedding": [0.25, -0.5, 1.0]} for i in range(call.prompts)]
         value = {"object": "list", "data": vectors, "model": call.model}
     else:
         value = {
@@ -313,9 +309,7 @@ class _Writer:
         return b"".join(events)
 
     def _template(self, index: int) -> tuple[bytes, bytes, bytes, bytes]:
-        chunk = self._chunk(
-            [self._choice(index, {"refusal" if self._b.refusal else "content": TEXT_MARK}, None)]
-        )
+        chunk = self._chunk([self._choice(index, {"refusal" if self._b.refusal else "content": TEXT_MARK}, None)])
         if self._stamped:
             chunk["t"] = TIME_MARK
         before, _, rest = self.event(dumps(chunk, spaces=self._b.spaces)).partition(TEXT_MARK.encode())

@@ -79,7 +79,7 @@ class _Rounds:
         return self.against("direct", pick, lambda own, direct: own - direct)
 
 
-def _spread(values: list[float], digits: int) -> str:
+def spread(values: list[float], digits: int) -> str:
     """``median (lowest-highest)``."""
     if not values:
         return "-"
@@ -124,13 +124,13 @@ def _row(measured: list[Measured], peer: str) -> list[str]:
     bad = sum(1 for found in measured if found["peer"] == peer for _ in errors(found))
     return [
         peer,
-        _spread(rounds.values(of("plain_1k_c32", "per_second")), 0),
-        _spread(rounds.values(small), 1),
+        spread(rounds.values(of("plain_1k_c32", "per_second")), 0),
+        spread(rounds.values(small), 1),
         _median(rounds.against("nginx", small, lambda own, nginx: own / nginx), 2),
-        _spread(rounds.values(of("plain_32k_c32", "per_second")), 0),
-        _spread(rounds.values(of("plain_32k_c32", "cpu_us")), 1),
+        spread(rounds.values(of("plain_32k_c32", "per_second")), 0),
+        spread(rounds.values(of("plain_32k_c32", "cpu_us")), 1),
         added("plain_1k_c1", "p50_ms"),
-        _spread(rounds.values(of("streams", "cpu_us")), 1),
+        spread(rounds.values(of("streams", "cpu_us")), 1),
         added("streams", "delay_p50_ms", "delay_p99_ms"),
         added("streams", "ttft_p50_ms", "ttft_p99_ms"),
         _median(rounds.values(lambda found: float(found["rss_mb"])), 0),
@@ -153,18 +153,16 @@ def markdown(record: Measured) -> str:
         "|" + "---|" + "--:|" * (len(COLUMNS) - 1),
     ]
     measured = record["measured"]
-    peers = sorted(
-        {found["peer"] for found in measured}, key=lambda peer: (peer != "direct", peer != "nginx", peer)
-    )
+    peers = sorted({found["peer"] for found in measured}, key=lambda peer: (peer != "direct", peer != "nginx", peer))
     lines += ["| " + " | ".join(_row(measured, peer)) + " |" for peer in peers]
     return "\n".join(lines)
 
 
-def insert(page: Path, text: str) -> None:
+def insert(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put the table between the page's markers; a page without them gets it at the end."""
     old = page.read_text() if page.exists() else "# Benchmarks\n"
-    before, begin, rest = old.partition(BEGIN)
-    _, _, after = rest.partition(END) if begin else ("", "", "\n")
-    if not begin:
+    before, found, rest = old.partition(begin)
+    _, _, after = rest.partition(end) if found else ("", "", "\n")
+    if not found:
         before = before.rstrip() + "\n\n"
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

@@ -149,9 +149,7 @@ async def load(url: str, bodies: list[bytes], *, connections: int, count: int, m
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.requests", description="Load of plain chat requests."
-    )
+    parser = argparse.ArgumentParser(prog="python -m loadtests.requests", description="Load of plain chat requests.")
     parser.add_argument("--url", required=True)
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--requests", type=int, default=20_000)

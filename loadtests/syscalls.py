@@ -69,9 +69,7 @@ def parse(summary: str, requests: int) -> Syscalls:
         fields = line.split()
         if len(fields) in (5, 6) and fields[3].isdigit() and fields[-1] != "total":
             calls[fields[-1]] = int(fields[3])
-    per_name = {
-        name: round(count / requests, 3) for name, count in sorted(calls.items(), key=lambda x: -x[1])
-    }
+    per_name = {name: round(count / requests, 3) for name, count in sorted(calls.items(), key=lambda x: -x[1])}
     frequent = {name: share for name, share in per_name.items() if share >= 0.01}
     return Syscalls(requests, round(sum(calls.values()) / requests, 3), frequent)
 
@@ -117,12 +115,8 @@ def _ask(url: str, requests: int, connections: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.syscalls", description="System calls per request."
-    )
-    parser.add_argument(
-        "--peer", choices=[name for name in PEERS if name != "direct"], default="tidegate-protocol"
-    )
+    parser = argparse.ArgumentParser(prog="python -m loadtests.syscalls", description="System calls per request.")
+    parser.add_argument("--peer", choices=[name for name in PEERS if name != "direct"], default="tidegate-protocol")
     parser.add_argument("--requests", type=int, default=5_000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)

@@ -1,0 +1,36 @@
+# The gateway alone, for `tidegate serve`. The demo's engine and model are not in it.
+#
+# Not built in this project's own CI, which has no container engine; tests/test_packaging.py checks what can be
+# checked without one. Build: docker build -t tidegate .   Run: see README.md.
+
+FROM python:3.13-slim AS builder
+WORKDIR /src
+COPY requirements/app.txt requirements/build.txt requirements/
+# Into a virtual environment, which the second stage takes over as a whole; its path must be the same there.
+# pip compiles the bytecode here, because the final file system may be read-only.
+RUN python -m venv /opt/tidegate && \
+    /opt/tidegate/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements/app.txt && \
+    python -m venv /opt/build && \
+    /opt/build/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements/build.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY gateway gateway
+COPY backends backends
+COPY routing routing
+RUN /opt/build/bin/python -m hatchling build --target wheel --directory /wheel && \
+    /opt/tidegate/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl && \
+    /opt/tidegate/bin/pip uninstall --yes pip
+
+FROM python:3.13-slim
+COPY --from=builder /opt/tidegate /opt/tidegate
+ENV PATH="/opt/tidegate/bin:$PATH" \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+# A number, so that Kubernetes' runAsNonRoot can be sure of it. The user needs no home and no shell.
+USER 10001:10001
+WORKDIR /var/lib/tidegate
+EXPOSE 7400 7401
+# Exec forms throughout: nothing needs a shell, and SIGTERM reaches the gateway itself.
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 CMD ["tidegate", "health"]
+ENTRYPOINT ["tidegate"]
+CMD ["serve", "--config", "/etc/tidegate/tidegate.yaml"]

@@ -1,0 +1,80 @@
+# Everything a newcomer, a contributor and CI type. Needs GNU make and Python 3.11+, nothing else.
+#
+#   make run                      a real model answering on this machine
+#   make run CONFIG=file.yaml     the gateway alone, in front of your own backends
+#   make test                     all tests
+#
+# Variables: PYTHON (interpreter), VENV (default .venv), PORT and ADMIN_PORT (default 7400 and 7401),
+#            CONFIG (a configuration file), REPLICAS (of the demo, default 2), ARGS (handed to pytest, the benchmark or the load test).
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+VENV ?= .venv
+PYTHON ?=
+PORT ?=
+ADMIN_PORT ?=
+REPLICAS ?=
+CONFIG ?=
+ARGS ?=
+
+py := $(VENV)/bin/python
+setup := PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
+# Ports travel as the environment overrides that every Tidegate command reads.
+ports := $(if $(PORT),TIDEGATE_SERVER__PORT='$(PORT)') $(if $(ADMIN_PORT),TIDEGATE_ADMIN__PORT='$(ADMIN_PORT)')
+
+.PHONY: help run test check bench load test-engines lock clean format
+
+help: ## this list
+	@echo 'Targets:'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
+	    printf '%-20s %s\n' "$$name" "$$text"; done
+	@echo 'Variables: CONFIG=file.yaml PORT=7400 ADMIN_PORT=7401 REPLICAS=2 PYTHON=python3 VENV=.venv ARGS=...'
+
+# A profile is set up again when its lock or the package's own description changed.
+$(VENV)/.ready-app: requirements/app.txt requirements/build.txt pyproject.toml
+	@$(setup) app
+$(VENV)/.ready-demo: requirements/demo.txt requirements/build.txt pyproject.toml
+	@$(setup) demo
+$(VENV)/.ready-dev: requirements/dev.txt requirements/build.txt pyproject.toml
+	@$(setup) dev
+
+# `exec`, so that Ctrl-C and SIGTERM meet the command itself and its exit code is what make reports.
+ifneq ($(CONFIG),)
+run: $(VENV)/.ready-app ## the demo: two replicas of a small real model and the gateway (CONFIG=... for your own backends)
+	@exec env $(ports) $(py) -m gateway serve --config '$(CONFIG)'
+else
+run: $(VENV)/.ready-demo
+	@exec env $(ports) $(py) -m gateway demo $(if $(REPLICAS),--replicas '$(REPLICAS)')
+endif
+
+test: $(VENV)/.ready-dev ## every test, a short one on a real engine included (ARGS='-k name')
+	@$(py) -m pytest -m 'not slow' $(ARGS)
+
+check: $(VENV)/.ready-dev ## formatting, lint, types, import direction
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.ready-dev ## rewrite the files the way `make check` wants them
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(VENV)/.ready-dev ## CPU per request, CPU per chunk and added latency, into docs/
+	@$(py) -m loadtests.bench $(ARGS)
+
+load: $(VENV)/.ready-dev ## one short round of the same, which writes nothing
+	@$(py) -m loadtests.bench --quick $(ARGS)
+
+test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang on CPU included (a large install, minutes)
+	@$(py) -m pytest tests/engines -m engine $(ARGS)
+
+lock: $(VENV)/.ready-dev ## rewrite requirements/*.txt (ARGS='--upgrade' moves to the newest versions)
+	@$(py) -m pip --disable-pip-version-check install --quiet 'uv==0.13.9'
+	@scripts/lock.sh '$(VENV)' $(ARGS)
+
+clean: ## remove the virtual environment and all caches
+	rm -rf '$(VENV)' .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
