@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from itertools import chain
+from heapq import merge
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -147,9 +148,9 @@ class _Admin:
     async def usage(self, request: Request) -> Response:
         limit = _limit(request.query_params.get("limit"))
         answers = await self._ask(lambda source: source.usage(limit))
-        records = list(chain.from_iterable(records or () for _, records in answers))
-        records.sort(key=_settled_at, reverse=True)
-        return _json({"data": records[:limit]})
+        # Merged, not sorted: times are rounded in a record, but each worker has its own in the right order.
+        records = merge(*(records or () for _, records in answers), key=_settled_at, reverse=True)
+        return _json({"data": list(islice(records, limit))})
 
     async def _ask(self, question: Callable[[Source], Coroutine[Any, Any, T]]) -> list[tuple[int, T | None]]:
         """Every worker's answer, by its number; None for one that did not give any."""

@@ -35,6 +35,8 @@ def build_app(runtime: Runtime) -> ASGIApp:
         routes=routes,
         exception_handlers={HTTPException: _http_error, GatewayError: _gateway_error, Exception: _defect},
     )
+    # A path with a stray slash is unknown, as at OpenAI's; the redirect would be built from the client's Host header.
+    app.router.redirect_slashes = False
     return RequestId(app, runtime)
 
 

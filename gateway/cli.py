@@ -1,7 +1,7 @@
 """The `tidegate` command.
 
-Exit codes: 0 done, or stopped by a signal; 1 it could not be done (a port in use, a gateway that is not ready); 2 the
-configuration or the command line is wrong.
+Exit codes: 0 done, or stopped by a signal; 1 it could not be done (a gateway that is not ready, a file that cannot be
+written); 2 the configuration or the command line cannot be used, an address that is taken included.
 """
 
 from __future__ import annotations
@@ -198,6 +198,7 @@ def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return USAGE_ERROR
     except BindError as error:
         print(f"tidegate serve: {error}", file=sys.stderr)
+        return USAGE_ERROR
     except OSError as error:
         print(f"tidegate serve: the operating system refused: {error}", file=sys.stderr)
     return FAILED

@@ -20,6 +20,8 @@ from backends.errors import (
     ProtocolViolation,
     UpstreamError,
 )
+from backends.http1 import Connection
+from backends.upstream import Upstream
 from gateway import usage
 from gateway.errors import Draining, GatewayError, InternalError, NoReplicaAvailable, StreamInterrupted, UpstreamTimeout
 from gateway.order import Call, Order, read_order
@@ -33,6 +35,7 @@ from routing.types import Decision, Replica
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
+"""How often a request is sent. Replicas that refuse the connection do not count: each is tried once at most."""
 _STANDING: Headers = [(b"x-tidegate-queue-ms", b"0"), (b"x-tidegate-store", b"memory")]
 """True of every reply for now: nothing queues here yet, and there is one kind of store."""
 POOL_WAIT_S = 1.0
@@ -73,7 +76,7 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
             raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.")
         decision = runtime.policy.decide(order.request, order.route.pool.replicas, now, tried)
         replica = decision.replica
-        if replica is None or exchange.attempts >= MAX_ATTEMPTS:
+        if replica is None or exchange.attempts - len(tried) >= MAX_ATTEMPTS:
             raise _none_left(decision, last)
         with replica.reserve(order.request):
             exchange.attempts += 1
@@ -99,15 +102,25 @@ async def _attempt(call: Call, order: Order, relay: Relay, replica: Replica, run
     upstream = order.route.pool.upstreams[replica]
     values = upstream.dialect.body_values(call.path, order.body.fields, order.request.id)
     data = upstream.request(call.path, order.body_for(call.path, values), order.request.id, order.passed_on)
-    connection = upstream.pool.acquire_nowait() or await upstream.pool.acquire(
-        POOL_WAIT_S, connect_timeout_s=order.route.connect_s
-    )
+    connection = upstream.pool.acquire_nowait() or await _connect(upstream, order, relay.exchange)
     try:
         return await relay.attempt(connection, data)
     except (asyncio.CancelledError, UpstreamTimeout, Draining, HeadTimeout, IdleTimeout):
         if not relay.completed:
             runtime.abort(upstream, order.request.id)
         raise
+
+
+async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Connection:
+    """A new connection, or the next that is free, within what is left of the request's time.
+
+    Running out of that time is no mark against the replica: the client chose it, and may have chosen a millisecond.
+    """
+    try:
+        async with asyncio.timeout(exchange.started_at + order.total_s - time.monotonic()):
+            return await upstream.pool.acquire(POOL_WAIT_S, connect_timeout_s=order.route.connect_s)
+    except TimeoutError as error:
+        raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.") from error
 
 
 def _judge(error: UpstreamError, replica: Replica, tried: list[Replica]) -> None:
@@ -224,9 +237,10 @@ def _refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Ex
     """Tell the client: with a status where none was sent yet, else with an error event at the end of the stream."""
     exchange.outcome = error.outcome
     exchange.error_code = error.code
+    if error.outcome in (Outcome.UPSTREAM_ERROR, Outcome.UPSTREAM_INTERRUPTED):
+        begun = relay is not None and relay.started_content
+        exchange.outcome = Outcome.UPSTREAM_INTERRUPTED if begun else Outcome.UPSTREAM_ERROR
     if relay is not None and reply.started:
-        if relay.started_content and error.outcome is Outcome.UPSTREAM_ERROR:
-            exchange.outcome = Outcome.UPSTREAM_INTERRUPTED
         relay.end_with_error(error)
         return
     exchange.status = error.status

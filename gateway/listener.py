@@ -97,6 +97,10 @@ class Listener(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    @property
+    def open_connections(self) -> int:
+        return len(self.server_state.connections)
+
     def stop_accepting(self) -> None:
         """Close the listening sockets and the idle connections; busy ones close after their reply."""
         for server in self.servers:

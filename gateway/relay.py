@@ -86,6 +86,8 @@ class Relay:
         self._total_deadline = exchange.started_at + timing.total_s
         self._hold_deadline = exchange.started_at + timing.hold_s
         self._last_write_at = exchange.started_at
+        self._last_data_at = exchange.started_at
+        self._paused = False
         self._connection: Connection | None = None
         self._done: asyncio.Future[UpstreamReply | None] | None = None
         self._status = 0
@@ -126,15 +128,14 @@ class Relay:
         self.exchange.dispatched_at = now
         remaining_s = self._total_deadline - now
         self._first_token_deadline = now + self._timing.first_token_s
+        self._paused = False
         done: asyncio.Future[UpstreamReply | None] = self._loop.create_future()
         self._done = done
         self._reply.on_pause = self._pause
-        connection.send(
-            data,
-            self,
-            head_timeout_s=self._timing.first_token_s if self.exchange.stream else remaining_s,
-            idle_timeout_s=self._timing.idle_s if self.exchange.stream else remaining_s,
-        )
+        # Some engines send their head, or the role, before they read the prompt: until there is content, silence is
+        # measured by `first_token_s`; from then on by `idle_s`, in `tick`.
+        limit_s = self._timing.first_token_s if self.exchange.stream else remaining_s
+        connection.send(data, self, head_timeout_s=limit_s, idle_timeout_s=max(limit_s, self._timing.idle_s))
         try:
             return await done
         finally:
@@ -158,6 +159,7 @@ class Relay:
         if reader is None:
             self._collect(data)
             return
+        self._last_data_at = time.monotonic()
         try:
             passed = reader.feed(data)
         except EventTooLarge:
@@ -186,9 +188,7 @@ class Relay:
         if reader is None:
             self._resolve(UpstreamReply(self._status, self._response_headers, b"".join(self._body)))
         elif reader.complete:
-            if not reader.done:
-                self._write(DONE)
-            self._resolve(None)
+            self._end_cleanly()
         else:
             self._fail(self._truncated())
 
@@ -196,9 +196,7 @@ class Relay:
         self._connection = None
         if self.reader is not None and self.reader.complete:
             # Every choice had finished; only the framing of the end is missing.
-            if not self.reader.done:
-                self._write(DONE)
-            self._resolve(None)
+            self._end_cleanly()
         elif self.started_content:
             if isinstance(error, IdleTimeout):
                 self._fail(UpstreamTimeout(f"The model server sent nothing for {self._timing.idle_s:g} s."))
@@ -233,6 +231,12 @@ class Relay:
                 self._start()
                 self._write(HEARTBEAT)
                 return
+        elif not self._paused and now - self._last_data_at >= self._timing.idle_s:
+            if self.reader is not None and self.reader.complete:
+                self._end_cleanly()
+            else:
+                self._fail(UpstreamTimeout(f"The model server sent nothing for {self._timing.idle_s:g} s."))
+            return
         if self._reply.started and now - self._last_write_at >= self._timing.heartbeat_s:
             self._write(HEARTBEAT)
 
@@ -253,6 +257,8 @@ class Relay:
         self._fail(error)
 
     def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        self._last_data_at = time.monotonic()  # silence while paused is our own doing
         if self._connection is not None:
             if paused:
                 self._connection.pause_reading()
@@ -270,6 +276,12 @@ class Relay:
     def _start(self) -> None:
         self.exchange.status = 200
         self._reply.start(200, self.headers)
+
+    def _end_cleanly(self) -> None:
+        """Every choice has finished: end the stream, with the `[DONE]` that may be missing."""
+        if self.reader is not None and not self.reader.done:
+            self._write(DONE)
+        self._resolve(None)
 
     def _write(self, data: bytes) -> None:
         if data:

@@ -112,24 +112,26 @@ class Worker:
         runtime.draining = True
         if self._graceful and shutdown.grace_s > 0:
             logger.info("stopping: not ready any more, serving for another %g s", shutdown.grace_s)
-            await self._wait(shutdown.grace_s, until_idle=None)
+            await self._wait(shutdown.grace_s, until_closed=None)
         listener.stop_accepting()
-        if runtime.in_flight:
-            logger.info("stopping: %d requests may finish within %g s", runtime.in_flight, shutdown.drain_s)
-        await self._wait(shutdown.drain_s, until_idle=runtime)
-        if runtime.in_flight:
-            logger.warning("stopping: ending %d requests that did not finish", runtime.in_flight)
+        await asyncio.sleep(_POLL_S)  # the idle connections are gone then
+        if listener.open_connections:
+            logger.info("stopping: %d requests may finish within %g s", listener.open_connections, shutdown.drain_s)
+        await self._wait(shutdown.drain_s, until_closed=listener)
+        if listener.open_connections:
+            logger.warning("stopping: ending %d requests that did not finish", listener.open_connections)
             runtime.interrupt_all(Draining("This gateway is shutting down.", retry_after_s=1.0))
             self._hurry.clear()
-            await self._wait(LAST_WORDS_S, until_idle=runtime)
-        listener.stop_accepting()
-        await asyncio.sleep(_POLL_S)
+            await self._wait(LAST_WORDS_S, until_closed=listener)
         listener.cut()
 
-    async def _wait(self, limit_s: float, *, until_idle: Runtime | None) -> None:
-        """Until the limit, a second signal, or (if asked) nothing is in flight."""
+    async def _wait(self, limit_s: float, *, until_closed: Listener | None) -> None:
+        """Until the limit, a second signal, or (if asked) every connection is closed.
+
+        Connections, not exchanges: a request may still be on its way in, or its answer still on its way out.
+        """
         end = time.monotonic() + limit_s
         while time.monotonic() < end and not self._hurry.is_set():
-            if until_idle is not None and not until_idle.in_flight:
+            if until_closed is not None and not until_closed.open_connections:
                 return
             await asyncio.sleep(_POLL_S)

@@ -1,7 +1,8 @@
 """SGLang: the request id is ours (`rid`), so that a request can be aborted by id even where its socket is not seen.
 
-The endpoint is `POST /abort_request {"rid": …}`; it answers 200 for ids it does not know. With several prompts or
-`n > 1` SGLang derives its own ids from `rid` by prefix and aborts by prefix too.
+The endpoint is `POST /abort_request {"rid": …}`; it answers 200 for ids it does not know, and ignores them. With
+several prompts SGLang numbers our id (`rid_0`, …), and with `n > 1` it makes up ids of its own (read in 0.5.23): there
+the closed connection alone stops it, at once on a stream and within four seconds on a whole answer.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _JOIN_LIMIT_BYTES = 65_536
 _LAST_READ_S = 2.0
 """How long a refused client may go on sending. Closing at once would be a reset, and take the refusal with it."""
 _READ_AHEAD = 8
-"""Requests that may wait behind the one being answered while we go on reading, which is how a client's going is seen."""
+"""Requests that may wait behind the one being answered while we go on reading, so that a client's going is seen."""
 
 
 class _Refused(Exception):

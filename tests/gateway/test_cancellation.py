@@ -24,7 +24,7 @@ from gateway.relay import Relay
 from gateway.reply import Headers
 from loadtests.connection import Request
 from loadtests.engine import FakeEngine
-from tests.support.client import Leaving, RawClient, connect, post
+from tests.support.client import Leaving, RawClient, connect, post, until
 from tests.support.serving import Serving, serving, settings_for
 
 LOOPS = ("uvloop",)
@@ -100,12 +100,6 @@ async def gateway_for(engine_url: str, edge: str, *, hold_s: float = 15.0, **poo
     )
     async with serving(settings) as gateway:
         yield gateway
-
-
-async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def gone(request: Request) -> float:
@@ -315,7 +309,7 @@ async def test_an_answer_that_came_before_the_client_left_counts_as_complete(str
         runtime = gateway.runtime
         task = asyncio.create_task(serve(Call(CHAT, [], body, time.monotonic()), KeptReply(), runtime))
         async with asyncio.timeout(5.0):
-            while not any(relay.completed for relay in runtime._relays):
+            while not any(relay.completed for relay in runtime._relays):  # noqa: ASYNC110 - not one turn later
                 await asyncio.sleep(0)
         assert not task.done()
         task.cancel()
@@ -365,7 +359,7 @@ def leftovers(*kinds: type) -> int:
 async def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(
     edge: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = {"chunks": 12, "interval_s": 0.02, "delay_head_s": 0.05}
+    script: dict[str, Any] = {"chunks": 12, "interval_s": 0.02, "delay_head_s": 0.05}
     async with FakeEngine(**script) as engine, gateway_for(engine.url, edge, max=40, idle_s=0.2) as gateway:
         tasks = len(asyncio.all_tasks())
         descriptors = len(os.listdir("/proc/self/fd"))

@@ -18,7 +18,7 @@ from gateway import health
 from gateway.cli import main
 from gateway.logs import JsonLines, TextLines, describe_exception
 from loadtests.engine import FakeEngine
-from tests.support.process import gateway_process, json_lines, run_tidegate, write_config
+from tests.support.command import run_tidegate, serve_process, write_config
 from tests.support.serving import serving, settings_for
 
 NOBODY = "http://127.0.0.1:9"
@@ -107,14 +107,14 @@ async def test_a_port_in_use_is_named(config: Path, workers: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         code, _, said = await run_tidegate("serve", "--config", str(config), "--port", port, "--workers", workers)
-    assert code == 1
+    assert code == 2
     assert f"cannot listen on 127.0.0.1:{port}" in said
     assert "choose another port" in said
 
 
 async def test_a_usage_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     log = {"path": str(tmp_path / "missing" / "usage.jsonl")}
-    async with gateway_process(tmp_path, [NOBODY], usage_log=log) as gateway:
+    async with serve_process(tmp_path, [NOBODY], usage_log=log) as gateway:
         assert await gateway.ended() == 1
         await gateway.logged("usage_log.path: cannot write .*usage.jsonl: No such file or directory")
 
@@ -127,7 +127,7 @@ async def test_models_can_come_from_the_environment_alone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:  # far enough to see that it was understood
         port = str(taken.getsockname()[1])
         code, _, said = await run_tidegate("serve", "--port", port, environ=environ)
-    assert code == 1
+    assert code == 2
     assert "cannot listen" in said
 
 
@@ -135,7 +135,7 @@ async def test_models_can_come_from_the_environment_alone() -> None:
 
 
 async def test_one_worker_serves_admin_and_stops(tmp_path: Path) -> None:
-    async with FakeEngine() as engine, gateway_process(tmp_path, [engine.url], "--log-format", "json") as gateway:
+    async with FakeEngine() as engine, serve_process(tmp_path, [engine.url], "--log-format", "json") as gateway:
         url = await gateway.url()
         async with httpx2.AsyncClient(trust_env=False) as client:
             body = {"model": "m", "messages": [{"role": "user", "content": "a secret question"}]}
@@ -145,7 +145,7 @@ async def test_one_worker_serves_admin_and_stops(tmp_path: Path) -> None:
             assert 'worker="0"' in (await gateway.admin(client, "/metrics")).text
         gateway.signal(signal.SIGTERM)
         assert await gateway.ended() == 0
-    lines = json_lines(gateway.log)
+    lines = [json.loads(line) for line in gateway.log]
     assert all({"time", "level", "logger", "pid", "message"} <= set(line) for line in lines)
     assert {line["logger"] for line in lines} == {"tidegate"}
     text = "\n".join(gateway.log)
@@ -156,7 +156,7 @@ async def test_one_worker_serves_admin_and_stops(tmp_path: Path) -> None:
 
 async def test_without_a_place_for_the_token_only_admin_is_closed(tmp_path: Path) -> None:
     nowhere = {"TIDEGATE_STATE_DIR": "", "XDG_STATE_HOME": "", "HOME": ""}
-    async with FakeEngine() as engine, gateway_process(tmp_path, [engine.url], environ=nowhere) as gateway:
+    async with FakeEngine() as engine, serve_process(tmp_path, [engine.url], environ=nowhere) as gateway:
         url, admin = await gateway.url(), await gateway.admin_url()
         await gateway.logged("admin stays closed, since no owner token can be kept: neither .* is set")
         async with httpx2.AsyncClient(trust_env=False) as client:
@@ -170,7 +170,7 @@ async def test_without_a_place_for_the_token_only_admin_is_closed(tmp_path: Path
 
 async def test_a_configured_token_wins_and_nothing_is_stored(tmp_path: Path) -> None:
     environ = {"TIDEGATE_ADMIN__TOKEN": "0123456789abcdef0123456789abcdef"}
-    async with gateway_process(tmp_path, [NOBODY], environ=environ) as gateway:
+    async with serve_process(tmp_path, [NOBODY], environ=environ) as gateway:
         admin = await gateway.admin_url()
         await gateway.url()
         async with httpx2.AsyncClient(trust_env=False) as client:
@@ -215,7 +215,7 @@ async def test_health_learns_the_address_from_the_configuration(
 async def test_health_of_a_gateway_on_a_unix_socket() -> None:
     with tempfile.TemporaryDirectory() as short:
         path = Path(short, "t.sock")
-        async with gateway_process(Path(short), [NOBODY], server={"uds": str(path)}) as gateway:
+        async with serve_process(Path(short), [NOBODY], server={"uds": str(path)}) as gateway:
             await gateway.logged("serving on unix:")
             assert await check("--config", str(gateway.config)) == 0
             assert await check("--url", "http+unix://" + str(path).replace("/", "%2F")) == 0

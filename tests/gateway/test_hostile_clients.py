@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,61 +14,10 @@ import pytest
 
 from gateway.order import CHAT
 from loadtests.engine import FakeEngine
-from loadtests.rawclient import Reply, read_head
-from tests.support.client import RawClient, connect, post
-from tests.support.serving import Serving, serving, settings_for
+from tests.support.client import RawClient, connect, post, until
+from tests.support.talking import ASK, LATE_S, SHORT, STREAM, Talk, both_edges, gateway_of, talking
 
 LOOPS = ("uvloop",)
-
-ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-STREAM = {**ASK, "stream": True}
-SHORT: dict[str, Any] = {
-    "header_timeout_s": 0.3,
-    "body_timeout_s": 0.3,
-    "write_stall_timeout_s": 0.5,
-    "keep_alive_s": 0.3,
-}
-LATE_S = 0.6
-"""A deadline is noticed by a sweep four times a second, on a ticker of ten; the rest is a busy machine."""
-
-both_edges = pytest.mark.parametrize("edge", ["protocol", "asgi"])
-
-
-@contextlib.asynccontextmanager
-async def gateway_of(engine: FakeEngine, edge: str, **server: Any) -> AsyncIterator[Serving]:
-    settings = settings_for([engine.url], edge=edge, server=server, backend={"connections": {"idle_s": 1}})
-    async with serving(settings) as gateway:
-        yield gateway
-
-
-@contextlib.asynccontextmanager
-async def talking(edge: str, script: dict[str, Any] | None = None, **server: Any) -> AsyncIterator[Talk]:
-    async with FakeEngine(**(script or {})) as engine, gateway_of(engine, edge, **server) as gateway:
-        async with connect(gateway.host, gateway.port) as client:
-            yield Talk(engine, gateway, client)
-        assert gateway.runtime.body_budget.used_bytes == 0 or gateway.listener.server_state.connections
-
-
-class Talk:
-    """A model server, a gateway and one client of it."""
-
-    def __init__(self, engine: FakeEngine, gateway: Serving, client: RawClient) -> None:
-        self.engine = engine
-        self.gateway = gateway
-        self.client = client
-
-    async def refused(self, status: int) -> Reply:
-        """The gateway answers with this status in OpenAI's shape, and closes."""
-        reply = await self.client.reply()
-        assert reply.status == status, reply
-        assert set(reply.json["error"]) == {"message", "type", "param", "code"}
-        assert reply.headers["connection"] == "close"
-        assert reply.headers["x-request-id"]
-        assert await self.client.rest() == b""
-        return reply
-
-    def assert_nothing_reached_the_engine(self) -> None:
-        assert self.engine.accepted == 0
 
 
 async def trickle(client: RawClient, piece: bytes, every_s: float = 0.05) -> None:
@@ -172,68 +120,69 @@ async def test_a_slow_answer_is_no_deadline_of_the_client(edge: str) -> None:
 async def stalled(talk: Talk) -> Any:
     """The server's side of the connection, as soon as the client's slowness shows."""
     (connection,) = talk.gateway.listener.server_state.connections
-    async with asyncio.timeout(5.0):
-        while getattr(connection, "stalled_since", None) is None:
-            await asyncio.sleep(0.005)
+    await until(lambda: getattr(connection, "stalled_since", None) is not None)
     return connection
 
 
 @both_edges
 async def test_a_stream_that_nobody_reads_pauses_its_source_and_is_cut(edge: str) -> None:
-    script = {"chunks": 1_000_000, "chunk_bytes": 4000}
-    async with FakeEngine(**script) as engine, gateway_of(engine, edge, **SHORT) as gateway:
-        async with connect(gateway.host, gateway.port, receive_buffer_bytes=4096) as client:
-            await client.send(post(CHAT, STREAM))
-            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-            request = await engine.received()
-            connection = await stalled(Talk(engine, gateway, client))
-            began = time.monotonic()
-            await asyncio.sleep(0.1)
-            written = request.writes
-            assert connection.transport.get_write_buffer_size() < 1_000_000
-            await asyncio.sleep(0.1)
-            assert request.writes == written  # the model server waits
-            async with asyncio.timeout(5.0):
-                await request.gone.wait()
-            assert 0.4 <= time.monotonic() - began <= 0.5 + LATE_S
-            await gateway.settled()
-            assert not gateway.listener.server_state.connections
+    script: dict[str, Any] = {"chunks": 1_000_000, "chunk_bytes": 4000}
+    async with (
+        FakeEngine(**script) as engine,
+        gateway_of(engine, edge, **SHORT) as gateway,
+        connect(gateway.host, gateway.port, receive_buffer_bytes=4096) as client,
+    ):
+        await client.send(post(CHAT, STREAM))
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        request = await engine.received()
+        connection = await stalled(Talk(engine, gateway, client))
+        began = time.monotonic()
+        await asyncio.sleep(0.1)
+        written = request.writes
+        assert connection.transport.get_write_buffer_size() < 1_000_000
+        await asyncio.sleep(0.1)
+        assert request.writes == written  # the model server waits
+        async with asyncio.timeout(5.0):
+            await request.gone.wait()
+        assert 0.4 <= time.monotonic() - began <= 0.5 + LATE_S
+        await gateway.settled()
+        assert not gateway.listener.server_state.connections
 
 
 @both_edges
 async def test_a_large_answer_that_nobody_reads_is_cut(edge: str) -> None:
-    async with FakeEngine(huge_body_bytes=8_000_000) as engine, gateway_of(engine, edge, **SHORT) as gateway:
-        async with connect(gateway.host, gateway.port, receive_buffer_bytes=4096) as client:
-            await client.send(post(CHAT, ASK))
-            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-            await stalled(Talk(engine, gateway, client))
-            began = time.monotonic()
-            async with asyncio.timeout(5.0):
-                while gateway.listener.server_state.connections:
-                    await asyncio.sleep(0.01)
-            assert 0.4 <= time.monotonic() - began <= 0.5 + LATE_S
+    async with (
+        FakeEngine(huge_body_bytes=8_000_000) as engine,
+        gateway_of(engine, edge, **SHORT) as gateway,
+        connect(gateway.host, gateway.port, receive_buffer_bytes=4096) as client,
+    ):
+        await client.send(post(CHAT, ASK))
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await stalled(Talk(engine, gateway, client))
+        began = time.monotonic()
+        await until(lambda: not gateway.listener.server_state.connections)
+        assert 0.4 <= time.monotonic() - began <= 0.5 + LATE_S
 
 
 @both_edges
 @pytest.mark.parametrize("header", ["Connection: close", "Connection: keep-alive"])
 async def test_the_last_bytes_of_an_answer_must_be_fetched_too(edge: str, header: str) -> None:
     """A remainder too small to pause anything is still watched."""
-    async with FakeEngine() as engine, gateway_of(engine, edge, **SHORT) as gateway:
-        async with contextlib.AsyncExitStack() as clients:
-            remainders = 0
-            for size in range(200_000, 700_000, 30_000):
-                client = await clients.enter_async_context(
-                    connect(gateway.host, gateway.port, receive_buffer_bytes=4096)
-                )
-                await client.send(post(CHAT, {**ASK, "fake": {"huge_body_bytes": size}}, header))
-                client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-            await gateway.settled(17)
-            for connection in gateway.listener.server_state.connections:
-                remainders += 0 < connection.transport.get_write_buffer_size() < 65_536
-            assert remainders  # else the sizes above do not fit this kernel
-            async with asyncio.timeout(0.5 + 3 * LATE_S):
-                while gateway.listener.server_state.connections:
-                    await asyncio.sleep(0.01)
+    async with (
+        FakeEngine() as engine,
+        gateway_of(engine, edge, **SHORT) as gateway,
+        contextlib.AsyncExitStack() as clients,
+    ):
+        remainders = 0
+        for size in range(200_000, 700_000, 30_000):
+            client = await clients.enter_async_context(connect(gateway.host, gateway.port, receive_buffer_bytes=4096))
+            await client.send(post(CHAT, {**ASK, "fake": {"huge_body_bytes": size}}, header))
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await gateway.settled(17)
+        for connection in gateway.listener.server_state.connections:
+            remainders += 0 < connection.transport.get_write_buffer_size() < 65_536
+        assert remainders  # else the sizes above do not fit this kernel
+        await until(lambda: not gateway.listener.server_state.connections, 0.5 + 3 * LATE_S)
 
 
 @both_edges
@@ -241,18 +190,21 @@ async def test_a_slow_reader_that_makes_progress_is_not_cut(edge: str) -> None:
     """As long as the kernel's send buffer (256 KiB, passed on in lumps) empties within the limit."""
     size = 8_000_000
     server = {**SHORT, "write_stall_timeout_s": 1.0}
-    async with FakeEngine(huge_body_bytes=size) as engine, gateway_of(engine, edge, **server) as gateway:
-        async with connect(gateway.host, gateway.port, receive_buffer_bytes=4096) as client:
-            await client.send(post(CHAT, ASK))
-            await client.until(b"\r\n\r\n")
-            began, received = time.monotonic(), 0
-            while piece := await client.reader.read(8192):
-                received += len(piece)
-                if time.monotonic() - began < 2.5:
-                    await asyncio.sleep(0.003)
-                if received >= size:
-                    break
-            assert received >= size
+    async with (
+        FakeEngine(huge_body_bytes=size) as engine,
+        gateway_of(engine, edge, **server) as gateway,
+        connect(gateway.host, gateway.port, receive_buffer_bytes=4096) as client,
+    ):
+        await client.send(post(CHAT, ASK))
+        await client.until(b"\r\n\r\n")
+        began, received = time.monotonic(), 0
+        while piece := await client.reader.read(8192):
+            received += len(piece)
+            if time.monotonic() - began < 2.5:
+                await asyncio.sleep(0.003)
+            if received >= size:
+                break
+        assert received >= size
 
 
 # -- ceilings
@@ -292,11 +244,8 @@ async def test_bytes_that_are_no_body_are_bounded(edge: str, flood: bytes) -> No
     async with talking(edge) as talk:
         await talk.client.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
         await talk.client.send(flood)
-        filler = b"X: a\r\n" * 2000 if flood.endswith(b"\r\n") else b"a" * 12_000
-        async with asyncio.timeout(5.0):
-            while not talk.client.reader.at_eof() and not talk.client.writer.transport.is_closing():
-                await talk.client.send(filler)
-                await asyncio.sleep(0.01)
+        async with trickling(talk.client, b"X: a\r\n" * 2000 if flood.endswith(b"\r\n") else b"a" * 12_000):
+            await talk.refused(431)
         talk.assert_nothing_reached_the_engine()
 
 
@@ -379,9 +328,7 @@ async def test_more_connections_than_allowed_are_told_so(edge: str) -> None:
                 reply = await Talk(engine, gateway, fourth).refused(503)
                 assert reply.json["error"]["code"] == "overloaded"
                 assert reply.headers["retry-after"]
-        async with asyncio.timeout(5.0):
-            while gateway.listener.server_state.connections:
-                await asyncio.sleep(0.005)
+        await until(lambda: not gateway.listener.server_state.connections)
         async with connect(gateway.host, gateway.port) as again:
             await again.send(post(CHAT, ASK))
             assert (await again.reply()).status == 200
@@ -399,357 +346,8 @@ async def test_more_request_bytes_than_fit_are_refused_until_others_are_done(edg
             assert reply.headers["retry-after"]
             first.leave("close")
             await gateway.settled()
-        async with asyncio.timeout(5.0):
-            while gateway.runtime.body_budget.used_bytes:
-                await asyncio.sleep(0.005)
+        await until(lambda: not gateway.runtime.body_budget.used_bytes)
         engine.script = engine.script.updated({"hang": False})
         async with connect(gateway.host, gateway.port) as third:
             await third.send(post(CHAT, filler))
             assert (await third.reply()).status == 200
-
-
-# -- framing
-
-
-BODY = json.dumps(ASK).encode()
-SIZE = len(BODY)
-
-
-def raw(*lines: str, body: bytes = BODY, line: str = f"POST {CHAT} HTTP/1.1", host: str | None = "Host: x") -> bytes:
-    head = [line, *([host] if host else []), *lines]
-    return "\r\n".join([*head, "", ""]).encode("latin-1") + body
-
-
-CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (SIZE, BODY)
-FORMS = {
-    "no Host": raw(f"Content-Length: {SIZE}", host=None),
-    "two Hosts": raw("Host: y", f"Content-Length: {SIZE}"),
-    "two equal Hosts": raw("Host: x", f"Content-Length: {SIZE}"),
-    "Host with a path": raw(f"Content-Length: {SIZE}", host="Host: a/x?y="),
-    "Host with a user": raw(f"Content-Length: {SIZE}", host="Host: a@b"),
-    "Host with a space": raw(f"Content-Length: {SIZE}", host="Host: a b"),
-    "two Authorizations": raw("Authorization: Bearer a", "Authorization: Bearer b", f"Content-Length: {SIZE}"),
-    "length and chunks": raw(f"Content-Length: {SIZE}", "Transfer-Encoding: chunked", body=CHUNKED),
-    "chunks and length": raw("Transfer-Encoding: chunked", f"Content-Length: {SIZE}", body=CHUNKED),
-    "two lengths": raw(f"Content-Length: {SIZE}", "Content-Length: 3"),
-    "two equal lengths": raw(f"Content-Length: {SIZE}", f"Content-Length: {SIZE}"),
-    "list of lengths": raw(f"Content-Length: {SIZE}, {SIZE}"),
-    "plus": raw(f"Content-Length: +{SIZE}"),
-    "minus": raw("Content-Length: -1"),
-    "hexadecimal": raw(f"Content-Length: 0x{SIZE:x}"),
-    "huge length": raw("Content-Length: 99999999999999999999999999"),
-    "length with a space inside": raw("Content-Length: 4 2"),
-    "identity": raw("Transfer-Encoding: identity"),
-    "xchunked": raw("Transfer-Encoding: xchunked", body=CHUNKED),
-    "chunked, identity": raw("Transfer-Encoding: chunked, identity", body=CHUNKED),
-    "gzip, chunked": raw("Transfer-Encoding: gzip, chunked", body=CHUNKED),
-    "chunked twice": raw("Transfer-Encoding: chunked, chunked", body=CHUNKED),
-    "chunked in two headers": raw("Transfer-Encoding: chunked", "Transfer-Encoding: chunked", body=CHUNKED),
-    "chunked, then identity": raw("Transfer-Encoding: chunked", "Transfer-Encoding: identity", body=CHUNKED),
-    "quoted chunked": raw('Transfer-Encoding: "chunked"', body=CHUNKED),
-    "space before the colon": raw("Transfer-Encoding : chunked", body=CHUNKED),
-    "vertical tab": raw("Transfer-Encoding: \x0bchunked", body=CHUNKED),
-    "chunks in HTTP/1.0": raw("Transfer-Encoding: chunked", body=CHUNKED, line=f"POST {CHAT} HTTP/1.0"),
-    "bare LF": raw(f"Content-Length: {SIZE}").replace(b"\r\n", b"\n"),
-    "one bare LF": raw("X: a\nY: b", f"Content-Length: {SIZE}"),
-    "bare LF at the end of the head": raw(f"Content-Length: {SIZE}").replace(b"\r\n\r\n", b"\n\n"),
-    "folded header": raw("X: a\r\n b", f"Content-Length: {SIZE}"),
-    "folded coding": raw("Transfer-Encoding:\r\n chunked", body=CHUNKED),
-    "chunk size not a number": raw("Transfer-Encoding: chunked", body=b"g\r\n"),
-    "chunk size with a prefix": raw("Transfer-Encoding: chunked", body=b"0x2\r\n{}\r\n0\r\n\r\n"),
-    "chunk size with a sign": raw("Transfer-Encoding: chunked", body=b"+2\r\n{}\r\n0\r\n\r\n"),
-    "chunk size too large": raw("Transfer-Encoding: chunked", body=b"ffffffffffffffffff\r\n"),
-    "chunk longer than its size": raw("Transfer-Encoding: chunked", body=b"1\r\n{}\r\n0\r\n\r\n"),
-    "chunk ended by LF": raw("Transfer-Encoding: chunked", body=b"2\r\n{}\n0\r\n\r\n"),
-    "chunk size ended by LF": raw("Transfer-Encoding: chunked", body=b"2\n{}\r\n0\r\n\r\n"),
-    "NUL in a value": raw("X: a\0b", f"Content-Length: {SIZE}"),
-    "CR in a value": raw("X: a\rb", f"Content-Length: {SIZE}"),
-    "NUL in a name": raw("X\0: a", f"Content-Length: {SIZE}"),
-    "space in a name": raw("X Y: a", f"Content-Length: {SIZE}"),
-    "no name": raw(": a", f"Content-Length: {SIZE}"),
-    "no colon": raw("just words", f"Content-Length: {SIZE}"),
-    "control character in the target": raw(f"Content-Length: {SIZE}", line="POST /v1/\x01 HTTP/1.1"),
-    "no target": raw(f"Content-Length: {SIZE}", line="POST  HTTP/1.1"),
-    "no version": raw(f"Content-Length: {SIZE}", line=f"POST {CHAT}"),
-    "unknown version": raw(f"Content-Length: {SIZE}", line=f"POST {CHAT} HTTP/1.9"),
-    "another protocol": raw(f"Content-Length: {SIZE}", line=f"POST {CHAT} ICE/1.0"),
-    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100,
-    "CONNECT": raw(line="CONNECT example.com:443 HTTP/1.1", body=b""),
-    "upgrade to WebSocket": raw("Connection: Upgrade", "Upgrade: websocket", body=b"", line="GET /v1/models HTTP/1.1"),
-    "upgrade to HTTP/2": raw("Connection: Upgrade", "Upgrade: h2c", f"Content-Length: {SIZE}"),
-}
-
-
-@both_edges
-@pytest.mark.parametrize("form", FORMS)
-async def test_a_request_that_can_be_read_in_two_ways_is_refused(edge: str, form: str) -> None:
-    async with talking(edge, **SHORT) as talk:
-        await talk.client.send(FORMS[form])
-        await talk.refused(400)
-        talk.assert_nothing_reached_the_engine()
-        assert talk.gateway.runtime.body_budget.used_bytes == 0
-
-
-@both_edges
-@pytest.mark.parametrize("form", [form for form in FORMS if CHAT.encode() in FORMS[form]])
-async def test_so_it_is_on_the_other_routes(edge: str, form: str) -> None:
-    async with talking(edge, **SHORT) as talk:
-        await talk.client.send(FORMS[form].replace(b"POST " + CHAT.encode(), b"GET /v1/models"))
-        await asyncio.sleep(0)
-        reply = await talk.client.reply()
-        # A chunk that breaks the rules may come after a route that wants no body has answered.
-        assert reply.status == 400 or (reply.status == 200 and "chunk " in form)
-        assert b"HTTP/1.1 2" not in await talk.client.rest()
-
-
-@both_edges
-@pytest.mark.parametrize(
-    "carrier",
-    [
-        pytest.param(f"POST {CHAT}", id="not JSON"),
-        pytest.param("GET /v1/models", id="a GET with a body"),
-        pytest.param("POST /v1/nothing", id="an unknown route"),
-        pytest.param(f"PUT {CHAT}", id="a wrong method"),
-    ],
-)
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("split", [False, True])
-async def test_a_request_inside_a_body_is_never_executed(edge: str, carrier: str, chunked: bool, split: bool) -> None:
-    hidden = post(CHAT, ASK)
-    framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(hidden)}"
-    head = f"{carrier} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()
-    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(hidden), hidden) if chunked else hidden
-    async with talking(edge) as talk:
-        await talk.client.send(head if split else head + body)
-        if split:
-            await asyncio.sleep(0.02)  # some routes answer now; the body follows the answer
-            await talk.client.send(body)
-        first = await talk.client.reply()
-        assert first.status in (200, 400, 404, 405)
-        # The connection is in step: the next request is the next one answered.
-        await talk.client.send(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-        second = await talk.client.reply()
-        assert second.json == {"status": "ok"}
-        talk.assert_nothing_reached_the_engine()
-
-
-# -- HTTP as it should be
-
-
-@both_edges
-async def test_a_client_that_expects_100_is_told_to_continue(edge: str) -> None:
-    async with talking(edge) as talk:
-        head, _, body = post(CHAT, ASK, "Expect: 100-continue").partition(b"\r\n\r\n")
-        await talk.client.send(head + b"\r\n\r\n")
-        assert await talk.client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        await talk.client.send(body)
-        assert (await talk.client.reply()).status == 200
-
-
-@both_edges
-async def test_a_client_that_expects_100_for_too_much_gets_the_refusal_instead(edge: str) -> None:
-    async with talking(edge, max_body_bytes=1024) as talk:
-        await talk.client.send(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\nExpect: 100-continue\r\n\r\n".encode()
-        )
-        await talk.refused(413)
-
-
-@both_edges
-@pytest.mark.parametrize("host", ["Host: x", None])
-@pytest.mark.parametrize("stream", [False, True])
-async def test_http_1_0_is_answered_without_chunks_and_closed(edge: str, host: str | None, stream: bool) -> None:
-    async with talking(edge) as talk:
-        body = json.dumps({**ASK, "stream": stream}).encode()
-        await talk.client.send(raw(f"Content-Length: {len(body)}", line=f"POST {CHAT} HTTP/1.0", host=host, body=body))
-        status, headers = await read_head(talk.client.reader)
-        assert status == 200
-        assert "transfer-encoding" not in headers
-        answer = await talk.client.rest()
-        if stream:
-            assert answer.startswith(b"data: ")
-            assert answer.endswith(b"data: [DONE]\n\n")
-        else:
-            assert json.loads(answer)["object"] == "chat.completion"
-
-
-@both_edges
-async def test_pipelined_requests_are_answered_in_order(edge: str) -> None:
-    async with talking(edge) as talk:
-        talk.engine.queue.append(talk.engine.script.updated({"delay_head_s": 0.1}))
-        await talk.client.send(
-            post(CHAT, ASK)
-            + b"GET /v1/models/m HTTP/1.1\r\nHost: x\r\n\r\n"
-            + post(CHAT, STREAM)
-            + b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
-            + post(CHAT, ASK)
-        )
-        replies = [await talk.client.reply() for _ in range(5)]
-        assert [reply.status for reply in replies] == [200, 200, 200, 404, 200]
-        assert replies[0].json["object"] == replies[4].json["object"] == "chat.completion"
-        assert replies[1].json["id"] == "m"
-        assert replies[2].body.endswith(b"data: [DONE]\n\n")
-
-
-@both_edges
-async def test_many_pipelined_requests_are_answered_in_order(edge: str) -> None:
-    async with talking(edge) as talk:
-        count = 50
-        one = [b"GET /v1/models/%d HTTP/1.1\r\nHost: x\r\n\r\n" % n for n in range(count)]
-        await talk.client.send(post(CHAT, ASK) + b"".join(one))
-        assert (await talk.client.reply()).status == 200
-        for n in range(count):
-            reply = await talk.client.reply()
-            assert reply.status == 404
-            assert f"'{n}'" in reply.json["error"]["message"]
-
-
-@both_edges
-@pytest.mark.parametrize(
-    "second",
-    [
-        pytest.param(b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", id="slow body"),
-        pytest.param(post(CHAT, ASK)[:-3], id="slow inference body"),
-        pytest.param(b"POST /v1/models HTTP/1.1\r\nHo", id="slow head"),
-    ],
-)
-async def test_a_slow_second_request_does_not_disturb_the_first_answer(edge: str, second: bytes) -> None:
-    async with talking(edge, {"chunks": 12, "interval_s": 0.1}, **SHORT) as talk:
-        await talk.client.send(post(CHAT, STREAM))
-        await talk.client.until(b"\r\n\r\n")
-        await talk.client.send(second)
-        answer = await talk.client.rest()
-        stream, _, after = answer.partition(b"\r\n0\r\n\r\n")
-        assert b"data: [DONE]" in stream
-        assert b"HTTP/1.1" not in stream
-        assert after.count(b"HTTP/1.1") <= 1
-        assert after == b"" or after[:13] in (b"HTTP/1.1 408 ", b"HTTP/1.1 405 ")
-
-
-@both_edges
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings"])
-@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"])
-async def test_other_methods_are_not_allowed_on_inference_routes(edge: str, path: str, method: str) -> None:
-    async with talking(edge) as talk:
-        await talk.client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        if method == "HEAD":
-            status, headers = await read_head(talk.client.reader)
-        else:
-            reply = await talk.client.reply()
-            status, headers = reply.status, reply.headers
-            assert reply.json["error"]["code"] == "method_not_allowed"
-        assert status == 405
-        assert headers["allow"] == "POST"
-        assert headers["x-request-id"]
-
-
-@both_edges
-async def test_a_compressed_body_is_refused(edge: str) -> None:
-    async with talking(edge) as talk:
-        await talk.client.send(post(CHAT, ASK, "Content-Encoding: gzip"))
-        await talk.refused(415)
-        talk.assert_nothing_reached_the_engine()
-
-
-@both_edges
-async def test_absurd_targets_are_answered(edge: str) -> None:
-    for target in ("*", "http://evil.example/v1/models", "/%00", "/v1/%2e%2e/models", "//v1/models", "/v1/models?a=b"):
-        async with talking(edge) as talk:
-            await talk.client.send(f"OPTIONS {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            assert (await talk.client.reply()).status in (400, 404, 405)
-
-
-# -- header allow-lists
-
-SECRET = "canary-7c1e"
-
-
-@both_edges
-@pytest.mark.parametrize("stream", [False, True])
-async def test_no_header_of_the_client_reaches_the_engine_but_the_allowed(edge: str, stream: bool) -> None:
-    async with talking(edge) as talk:
-        await talk.client.send(
-            post(
-                CHAT,
-                {**ASK, "stream": stream},
-                f"Authorization: Bearer {SECRET}",
-                f"Cookie: session={SECRET}",
-                f"X-API-Key: {SECRET}",
-                f"Api-Key: {SECRET}",
-                f"Proxy-Authorization: {SECRET}",
-                f"Forwarded: for={SECRET}",
-                f"X-Forwarded-For: {SECRET}",
-                f"X-Forwarded-Host: {SECRET}",
-                f"X-Real-IP: {SECRET}",
-                f"OpenAI-Organization: {SECRET}",
-                f"X-Request-Id: {SECRET}",
-                f"User-Agent: {SECRET}",
-                f"X-Named: {SECRET}",
-                f"Te: {SECRET}",
-                f"Trailer: {SECRET}",
-                f"Keep-Alive: {SECRET}",
-                "Connection: keep-alive, X-Named, Traceparent",
-                "Accept-Encoding: gzip, br",
-                f"X-Fake: status=500; error_body={SECRET}",
-                "Traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-            )
-        )
-        reply = await talk.client.reply()
-        assert reply.status == 200
-        request = await talk.engine.received()
-        names = {name for name, _ in request.headers}
-        assert names == {
-            b"host",
-            b"user-agent",
-            b"accept-encoding",
-            b"content-type",
-            b"content-length",
-            b"x-request-id",
-            b"traceparent",
-        }
-        assert request.header("accept-encoding") == "identity"
-        assert SECRET.encode() not in b"".join(value for _, value in request.headers)
-        assert SECRET.encode() not in request.body
-        assert SECRET not in str(reply)
-
-
-@both_edges
-@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request", "503 Service Unavailable"])
-@pytest.mark.parametrize("stream", [False, True])
-async def test_no_header_of_the_engine_reaches_the_client_but_the_allowed(edge: str, status: str, stream: bool) -> None:
-    content, body = "application/json", '{"choices":[],"error":{"message":"no"}}'
-    if stream and status.startswith("200"):
-        content = "text/event-stream"
-        body = 'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
-    answer = (
-        f"HTTP/1.1 {status}\r\nContent-Type: {content}\r\nServer: {SECRET}\r\nSet-Cookie: a={SECRET}\r\n"
-        f"X-Powered-By: {SECRET}\r\nVia: {SECRET}\r\nX-Request-Id: {SECRET}\r\nAccess-Control-Allow-Origin: *\r\n"
-        f"Connection: X-Secret\r\nX-Secret: {SECRET}\r\nWWW-Authenticate: {SECRET}\r\nContent-Length: {len(body)}\r\n"
-        f"\r\n{body}"
-    )
-    async with talking(edge, {"raw": answer}) as talk:
-        await talk.client.send(post(CHAT, {**ASK, "stream": stream}))
-        reply = await talk.client.reply()
-        assert SECRET not in str(reply)
-        allowed = {"content-type", "content-length", "transfer-encoding", "date", "x-request-id", "connection"}
-        allowed |= {"cache-control", "x-accel-buffering", "retry-after", "retry-after-ms", "x-should-retry"}
-        assert {name for name in reply.headers if not name.startswith("x-tidegate-")} <= allowed
-
-
-# -- sockets
-
-
-@both_edges
-@pytest.mark.parametrize("path", [CHAT, "/v1/models"])
-async def test_small_writes_are_not_delayed_on_either_side(edge: str, path: str) -> None:
-    async with talking(edge, {"hang": True}) as talk:
-        await talk.client.send(post(CHAT, ASK))
-        await talk.engine.received()
-        (connection,) = talk.gateway.listener.server_state.connections
-        (upstream,) = talk.gateway.runtime.fleet.upstreams()
-        (wire,) = upstream.pool._active
-        assert wire.transport is not None
-        for transport in (connection.transport, wire.transport):
-            sock = transport.get_extra_info("socket")
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1

@@ -7,13 +7,20 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal
 
 from loadtests.rawclient import Reply, read_reply
 
 Leaving = Literal["close", "reset", "half-close"]
 PATIENCE_S = 5.0
+
+
+async def until(condition: Callable[[], object], within_s: float = PATIENCE_S) -> None:
+    """Wait for what sets no event: counts, sets, buffers."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.001)
 
 
 class RawClient:
@@ -64,7 +71,11 @@ async def connect(host: str, port: int, *, receive_buffer_bytes: int | None = No
     if receive_buffer_bytes is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
     sock.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(sock, (host, port))
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, (host, port))
+    except OSError:
+        sock.close()
+        raise
     reader, writer = await asyncio.open_connection(sock=sock, limit=4096 if receive_buffer_bytes else 2**20)
     try:
         yield RawClient(reader, writer)

@@ -39,7 +39,7 @@ class Serving:
     async def settled(self, count: int = 1, timeout_s: float = 5.0) -> list[Exchange]:
         """Wait until `count` exchanges are settled and none is under way."""
         async with asyncio.timeout(timeout_s):
-            while len(self.runtime.ledger.recent) < count or self.runtime.in_flight:
+            while len(self.runtime.ledger.recent) < count or self.runtime.in_flight:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         return self.records
 
@@ -71,7 +71,7 @@ async def serving(settings: Settings, *, usage_log: Path | None = None) -> Async
     try:
         yield Serving(f"http://{host}:{port}", host, port, runtime, listener)
     finally:
-        while not listener.started:
+        while not listener.started:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         listener.stop_accepting()
         listener.cut()
@@ -79,6 +79,6 @@ async def serving(settings: Settings, *, usage_log: Path | None = None) -> Async
         task.cancel()
         await asyncio.wait([task])
         async with asyncio.timeout(5.0):
-            while listener.server_state.connections or listener.server_state.tasks:
+            while listener.server_state.connections or listener.server_state.tasks:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         await runtime.aclose()
