@@ -31,6 +31,6 @@ WORKDIR /var/lib/tidegate
 EXPOSE 7400 7401
 # Exec forms throughout: nothing needs a shell, and SIGTERM reaches the gateway itself.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 CMD ["tidegate", "health"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 CMD ["tidegate", "health", "--config", "/etc/tidegate/tidegate.yaml"]
 ENTRYPOINT ["tidegate"]
 CMD ["serve", "--config", "/etc/tidegate/tidegate.yaml"]

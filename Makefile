@@ -63,13 +63,16 @@ format: $(VENV)/.ready-dev ## rewrite the files the way `make check` wants them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(VENV)/.ready-dev ## CPU per request, CPU per chunk and added latency, into docs/
+bench: $(VENV)/.ready-dev ## CPU per request and chunk, added latency, the choices of the ADRs: into docs/ (15 minutes)
 	@$(py) -m loadtests.bench $(ARGS)
+	@$(py) -m loadtests.choices --json docs/choices.json --write docs/adr/0004-server-client-and-parser.md
+	@$(py) -m loadtests.phases --write docs/request-path.md
 
 load: $(VENV)/.ready-dev ## one short round of the same, which writes nothing
 	@$(py) -m loadtests.bench --quick $(ARGS)
 
 test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang on CPU included (a large install, minutes)
+	@$(py) -m tests.engines.sglang.install
 	@$(py) -m pytest tests/engines -m engine $(ARGS)
 
 lock: $(VENV)/.ready-dev ## rewrite requirements/*.txt (ARGS='--upgrade' moves to the newest versions)

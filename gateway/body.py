@@ -1,9 +1,9 @@
 """Reads a request body once, strictly, and changes it by splicing bytes instead of rebuilding it.
 
 What the model server sees is what the client sent, byte for byte, except for the few top-level values that a
-dialect sets. Two C parsers look at the bytes: orjson builds the tree and is the strict one (it refuses NaN, invalid
-UTF-8, lone surrogates, byte order marks and numbers beyond a double); msgspec finds the byte range of every
-top-level value. Both keep the *last* of two equal keys without a word, and a model server might keep the first, so
+dialect sets. Two C parsers look at the bytes: orjson builds the tree and judges it (it refuses NaN, invalid UTF-8, lone
+surrogates, byte order marks and numbers beyond a double); msgspec finds the byte range of every top-level value, and
+is lax about what is inside it. Both keep the *last* of two equal keys without a word, and a model server might keep the first, so
 the ranges are walked and a repeated key is refused: gateway and engine must not read two different requests.
 """
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from backends.errors import IdleTimeout, UpstreamError
+from backends.errors import HeadTimeout, IdleTimeout, UpstreamError
 from backends.http1 import Connection
 from backends.ticker import Ticker
 from gateway.errors import GatewayError, StreamInterrupted, UpstreamFailed, UpstreamTimeout, error_event
@@ -202,6 +202,8 @@ class Relay:
                 self._fail(UpstreamTimeout(f"The model server sent nothing for {self._timing.idle_s:g} s."))
             else:
                 self._fail(StreamInterrupted("The connection to the model server broke before the answer ended."))
+        elif isinstance(error, HeadTimeout) and self.exchange.stream:
+            self._fail(self._no_content())
         else:
             self._fail(error)
 
@@ -220,12 +222,7 @@ class Relay:
             return
         if not self.started_content:
             if self._done is not None and now >= self._first_token_deadline:
-                self._fail(
-                    UpstreamTimeout(
-                        f"No content came within {self._timing.first_token_s:g} s.",
-                        code="first_token_timeout",
-                    )
-                )
+                self._fail(self._no_content())
                 return
             if not self._reply.started and now >= self._hold_deadline and self.headers:
                 self._start()
@@ -295,6 +292,10 @@ class Relay:
             self._fail(UpstreamFailed(f"The model server's reply exceeded {self._max_response_bytes} bytes."))
         else:
             self._body.append(data)
+
+    def _no_content(self) -> GatewayError:
+        limit_s = self._timing.first_token_s
+        return UpstreamTimeout(f"No content came within {limit_s:g} s.", code="first_token_timeout")
 
     def _truncated(self) -> GatewayError:
         return StreamInterrupted(

@@ -27,7 +27,7 @@ _Phase = Annotated[Number, Field(gt=0, le=HOUR_S)]
 _Total = Annotated[Number, Field(gt=0, le=DAY_S)]
 
 _CONNECT = "Seconds to open a connection to a replica."
-_FIRST_TOKEN = "Seconds from sending a request to the engine's first token, or to the whole answer without streaming."
+_FIRST_TOKEN = "Seconds from sending a streaming request to its first content. Without streaming only `total_s` counts."
 _IDLE = "Seconds of silence from the engine once it has begun to answer."
 _TOTAL = "Seconds for an exchange from beginning to end, all attempts together."
 

@@ -308,7 +308,7 @@ async def test_a_long_prompt_may_be_silent_up_to_the_first_token_timeout_even_af
 async def test_a_client_that_reads_slowly_does_not_make_the_engine_idle(edge: str) -> None:
     """Back-pressure silences the engine; that is the gateway's own doing and no reason to give it up."""
     async with (
-        FakeEngine(chunks=20_000) as engine,
+        FakeEngine(chunks=6_000, chunk_bytes=4_000) as engine,
         serving(settings_for([engine.url], edge=edge, backend={"timeouts": {"idle_s": 0.2}})) as gateway,
         connect(gateway.host, gateway.port, receive_buffer_bytes=4096) as client,
     ):
@@ -320,7 +320,7 @@ async def test_a_client_that_reads_slowly_does_not_make_the_engine_idle(edge: st
         (record,) = await gateway.settled()
     assert reply.complete
     assert reply.body.endswith(DONE)
-    assert record.content_events == 20_000
+    assert record.content_events == 6_000
 
 
 @EDGES
