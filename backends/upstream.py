@@ -32,6 +32,7 @@ class Upstream:
         replica: Replica,
         dialect: Dialect,
         *,
+        origin: str,
         path_prefix: str = "",
         api_key: str | None = None,
         max_connections: int,
@@ -41,9 +42,9 @@ class Upstream:
     ) -> None:
         self.replica = replica
         self.dialect = dialect
-        origin = Origin.parse(replica.url)
+        address = Origin.parse(origin)
         self.pool = ConnectionPool(
-            origin,
+            address,
             max_connections=max_connections,
             idle_s=idle_s,
             connect_timeout_s=connect_timeout_s,
@@ -51,7 +52,7 @@ class Upstream:
         )
         self._path_prefix = path_prefix.encode()
         self._fixed = b"host: %b\r\nuser-agent: %b\r\naccept-encoding: identity\r\n" % (
-            origin.host_header,
+            address.host_header,
             _USER_AGENT,
         )
         self._fixed += b"content-type: application/json\r\n"

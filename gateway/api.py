@@ -41,7 +41,10 @@ def build_app(runtime: Runtime) -> ASGIApp:
 
 
 class RequestId:
-    """Pure ASGI: gives every reply an `x-request-id`, the inference routes' own excepted."""
+    """Pure ASGI: gives an `x-request-id` to every reply that has none, which are those outside of exchanges.
+
+    Refusals among them are counted; `/readyz` saying no is not one.
+    """
 
     def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
         self._app = app
@@ -57,6 +60,8 @@ class RequestId:
                 headers = list(message["headers"])
                 if all(name != b"x-request-id" for name, _ in headers):
                     headers.append((b"x-request-id", self._runtime.new_request_id().encode()))
+                    if message["status"] >= 400 and scope["path"] != "/readyz":
+                        self._runtime.metrics.refused(message["status"])
                 if self._runtime.draining:
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}

@@ -1,10 +1,11 @@
 """Reads a request body once, strictly, and changes it by splicing bytes instead of rebuilding it.
 
-What the model server sees is what the client sent, byte for byte, except for the few top-level values that a
-dialect sets. Two C parsers look at the bytes: orjson builds the tree and judges it (it refuses NaN, invalid UTF-8, lone
+What the model server sees is what the client sent, byte for byte, except for the few top-level values that a dialect
+sets. Two C parsers look at the bytes: orjson builds the tree and judges it (it refuses NaN, invalid UTF-8, lone
 surrogates, byte order marks and numbers beyond a double); msgspec finds the byte range of every top-level value, and
-is lax about what is inside it. Both keep the *last* of two equal keys without a word, and a model server might keep the first, so
-the ranges are walked and a repeated key is refused: gateway and engine must not read two different requests.
+is lax about what is inside it. Both keep the *last* of two equal keys without a word, and a model server might keep
+the first, so the ranges are walked and a repeated key is refused: gateway and engine must not read two different
+requests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ import orjson
 
 from gateway.errors import InvalidRequest
 
+LARGE_BYTES = 65_536
+"""Above this, brackets are counted before parsing: it costs little there, and can save much."""
+MAX_CONTAINERS = 200_000
+"""Brackets and braces allowed in a large body, those inside strings included. Ten megabytes of `[],` hold the event
+loop for over a second inside the parser; this many, for a few hundredths. Real bodies of that size have thousands."""
 MAX_DEPTH = 64
 """Nesting allowed in a body. Real tool schemas stay under 20; recursive readers behind us fail from about 900."""
 MAX_KEYS = 1000
@@ -68,9 +74,15 @@ class Body(msgspec.Struct, frozen=True):
 def parse(raw: bytes) -> Body:
     """Parse a JSON object.
 
-    Raises `InvalidRequest` naming what is wrong: not JSON, not an object, a repeated top-level key, or nesting
-    deeper than `MAX_DEPTH`. Never includes the body's text in the message.
+    Raises `InvalidRequest` naming what is wrong: not JSON, not an object, a repeated top-level key, or more nesting,
+    keys or containers than the limits above allow. Never includes the body's text in the message.
     """
+    deep = True
+    if len(raw) > LARGE_BYTES:
+        containers = raw.count(b"[") + raw.count(b"{")
+        deep = containers > MAX_DEPTH
+        if containers > MAX_CONTAINERS:
+            raise InvalidRequest("The request body has too many brackets and braces.", code="invalid_json")
     try:
         fields = orjson.loads(raw)
         if type(fields) is not dict:
@@ -80,7 +92,7 @@ def parse(raw: bytes) -> Body:
         ranges = _ranges(raw)
     except (orjson.JSONDecodeError, msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(_reason(error), code="invalid_json") from None
-    if _deeper_than(fields, MAX_DEPTH):
+    if deep and _deeper_than(fields, MAX_DEPTH):
         raise InvalidRequest(f"The request body is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
     spans = _compact_spans(raw, ranges)
     if spans is not None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from backends.errors import (
     ConnectFailed,
+    ConnectTimeout,
     Disconnected,
     HeadTimeout,
     IdleTimeout,
@@ -35,7 +36,7 @@ from routing.types import Decision, Replica
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""How often a request is sent. Replicas that refuse the connection do not count: each is tried once at most."""
+"""How often a request is sent or a connection waited for in vain. Replicas that refuse at once do not count."""
 _STANDING: Headers = [(b"x-tidegate-queue-ms", b"0"), (b"x-tidegate-store", b"memory")]
 """True of every reply for now: nothing queues here yet, and there is one kind of store."""
 POOL_WAIT_S = 1.0
@@ -70,13 +71,14 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
     """Try replicas until one answers; write its answer."""
     tried: list[Replica] = []
     last: UpstreamError | None = None
+    refused = 0
     while True:
         now = time.monotonic()
         if now - exchange.started_at >= order.total_s:
             raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.")
         decision = runtime.policy.decide(order.request, order.route.pool.replicas, now, tried)
         replica = decision.replica
-        if replica is None or exchange.attempts - len(tried) >= MAX_ATTEMPTS:
+        if replica is None or exchange.attempts - refused >= MAX_ATTEMPTS:
             raise _none_left(decision, last)
         with replica.reserve(order.request):
             exchange.attempts += 1
@@ -87,6 +89,7 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
             except UpstreamError as error:
                 last = error
                 _judge(error, replica, tried)
+                refused += isinstance(error, ConnectFailed) and not isinstance(error, ConnectTimeout)
                 continue
             replica.cooldown.succeeded()
         if whole is None:

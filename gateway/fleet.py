@@ -87,7 +87,7 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
     old = {} if previous is None else {replica.url: replica for replica in previous.replicas}
     upstreams: dict[Replica, Upstream] = {}
     for entry in backend.replicas:
-        replica = old.get(entry.origin) or Replica(entry.name, name, entry.origin, backend.engine)
+        replica = old.get(entry.url) or Replica(entry.name, name, entry.url, backend.engine)
         replica.name = entry.name
         replica.engine = backend.engine
         replica.region = entry.region
@@ -114,6 +114,7 @@ def _upstream(replica: Replica, entry: ReplicaSettings, backend: Backend, ticker
     return Upstream(
         replica,
         DIALECTS[backend.engine],
+        origin=entry.origin,
         path_prefix=entry.path_prefix,
         api_key=None if backend.api_key is None else backend.api_key.get_secret_value(),
         max_connections=backend.connections.max,

@@ -68,6 +68,7 @@ class Metrics:
     def __init__(self) -> None:
         self.started_unix_s = time.time()
         self._requests: dict[tuple[str, str, str], int] = {}
+        self._refused: dict[int, int] = {}
         self._attempts: dict[str, int] = {}
         self._models: dict[str, _ModelCounts] = {}
 
@@ -95,6 +96,10 @@ class Metrics:
         if exchange.replica:
             self._attempts[exchange.replica] = self._attempts.get(exchange.replica, 0) + exchange.attempts
 
+    def refused(self, status: int) -> None:
+        """Count a request that was answered with an error before it became an exchange."""
+        self._refused[status] = self._refused.get(status, 0) + 1
+
     def families(self) -> Iterator[Metric]:
         """What was counted, as metric families."""
         requests = CounterMetricFamily(
@@ -103,6 +108,12 @@ class Metrics:
         for labels, count in list(self._requests.items()):
             requests.add_metric(labels, count)
         yield requests
+        refused = CounterMetricFamily(
+            "tidegate_refused", "Requests refused before anything was read into them.", labels=["status"]
+        )
+        for status, count in list(self._refused.items()):
+            refused.add_metric([str(status)], count)
+        yield refused
         attempts = CounterMetricFamily(
             "tidegate_attempts",
             "Attempts of requests, by the replica that was tried last.",

@@ -147,6 +147,10 @@ class Relay:
     def on_head(self, status: int, headers: Headers) -> None:
         self._status = status
         self._response_headers = headers
+        if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers):
+            # We ask for none; what we cannot read cannot be checked, and the client would not know how to read it.
+            self._fail(UpstreamFailed("The model server compressed its answer.", code="upstream_compressed"))
+            return
         if status == 200 and self.exchange.stream and _is_event_stream(headers):
             self.reader = StreamReader(
                 expected_choices=self._expected_choices,

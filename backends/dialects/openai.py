@@ -14,15 +14,15 @@ _STREAMING_PATHS = ("/v1/chat/completions", "/v1/completions")
 def usage_option(path: str, fields: Mapping[str, Any]) -> bytes | None:
     """The `stream_options` that make a stream end with its usage; None when nothing must change.
 
-    Other members of the caller's `stream_options` are kept. A value that is not an object is left for the engine to
-    refuse.
+    Other members of the caller's `stream_options` are kept. A value of the wrong type, its own or of `include_usage`,
+    is left for the engine to refuse.
     """
     if fields.get("stream") is not True or path not in _STREAMING_PATHS:
         return None
     options = fields.get("stream_options")
     if options is None:
         return _ASK_FOR_USAGE
-    if not isinstance(options, dict) or options.get("include_usage") is True:
+    if not isinstance(options, dict) or options.get("include_usage", False) is not False:
         return None
     return msgspec.json.encode({**options, "include_usage": True})
 

@@ -319,6 +319,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.close()
         elif not self.transport.is_closing():
             self._drop_open()
+            self.runtime.metrics.refused(problem.status)
             self.transport.write(refusal_bytes(problem, self.runtime.new_request_id()))
             self.transport.write_eof()
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.body import MAX_DEPTH, MAX_KEYS, parse
+from gateway.body import LARGE_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_KEYS, parse
 from gateway.errors import InvalidRequest
 
 REFUSED = {
@@ -242,3 +242,24 @@ def test_any_bytes_are_parsed_or_refused(raw: bytes) -> None:
     except InvalidRequest:
         return
     assert json.loads(raw) == body.fields
+
+
+def test_a_large_body_of_brackets_is_refused_before_it_is_parsed() -> None:
+    raw = b'{"model":"m","x":[' + b"[]," * (MAX_CONTAINERS + 1) + b"[]]}"
+    started = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="too many brackets"):
+        parse(raw)
+    assert time.perf_counter() - started < 0.05
+
+
+def test_a_large_body_of_numbers_is_read() -> None:
+    numbers = list(range(50_000))
+    body = parse(json.dumps({"model": "m", "input": numbers}).encode())
+    assert len(body.raw) > LARGE_BYTES
+    assert body.fields["input"] == numbers
+
+
+def test_depth_is_checked_in_a_large_body_too() -> None:
+    nested = b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1)
+    with pytest.raises(InvalidRequest, match="nested deeper"):
+        parse(b'{"a":%b,"b":"%b"}' % (nested, b"x" * LARGE_BYTES))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gateway.edges.asgi import AsgiReply
-from gateway.edges.protocol import SocketReply
+from gateway.edges.socket_reply import SocketReply
 from gateway.exchange import serve
 from gateway.order import CHAT, COMPLETIONS, EMBEDDINGS, Call
 from gateway.record import Exchange, Outcome

@@ -355,3 +355,13 @@ async def test_a_replica_that_cannot_be_reached_in_time_is_passed_over(edge: str
                 reply = await ask(gateway, CHAT)
                 assert not replicas(gateway)[0].available(time.monotonic())
     assert (reply.status, reply.headers["x-tidegate-attempts"]) == (200, "2")
+
+
+@EDGES
+@BOTH
+async def test_an_answer_that_is_compressed_all_the_same_is_a_502(edge: str, body: dict[str, Any]) -> None:
+    raw = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\nabc"
+    async with FakeEngine(Behaviour(raw=raw)) as engine, serving(settings_for([engine.url], edge=edge)) as gateway:
+        answer = await ask(gateway, body)
+        assert answer.status == 502
+        assert error_of(answer.body)["code"] == "upstream_compressed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -153,3 +154,20 @@ async def test_an_alias_counts_as_its_model() -> None:
         await gateway.settled()
         labels = {"model": "m", "route": "/v1/chat/completions", "outcome": "completed"}
         assert value(gateway.runtime.metrics, "tidegate_requests_total", **labels) == 1
+
+
+@pytest.mark.parametrize("edge", ["protocol", "asgi"])
+async def test_requests_refused_before_they_are_read_are_counted_by_status(edge: str) -> None:
+    async with FakeEngine() as engine, serving(settings_for([engine.url], edge=edge)) as gateway:
+        for head, status in (
+            (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", b" 404 "),
+            (b"GET /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n", b" 405 "),
+            (b"GET /v1/models HTTP/1.1\r\n\r\n", b" 400 "),
+        ):
+            reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
+            writer.write(head)
+            assert status in await reader.readline()
+            writer.close()
+        for code in ("404", "405", "400"):
+            assert value(gateway.runtime.metrics, "tidegate_refused_total", status=code) == 1
+        assert value(gateway.runtime.metrics, "tidegate_refused_total", status="503") is None

@@ -1,0 +1,62 @@
+"""Building the fleet from settings, and what a reload keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.ticker import Ticker
+from gateway.config import Settings
+from gateway.fleet import build_fleet
+
+
+def settings(*replicas: Mapping[str, Any], **backend: Any) -> Settings:
+    data: dict[str, Any] = {
+        "models": {"m": {"backend": "pool", "aliases": ["also"], "upstream_model": "real"}},
+        "backends": {"pool": {"engine": "openai", "replicas": replicas, **backend}},
+    }
+    return Settings(**data)
+
+
+A = {"url": "http://127.0.0.1:1"}
+B = {"url": "http://127.0.0.1:2"}
+
+
+async def test_every_name_of_a_model_leads_to_the_same_route() -> None:
+    fleet = build_fleet(settings(A), Ticker(), 0.0)
+    assert fleet.models["m"] is fleet.models["also"]
+    assert fleet.models["m"].upstream_model == b'"real"'
+
+
+async def test_replicas_in_both_configurations_keep_their_identity_and_their_client() -> None:
+    ticker = Ticker()
+    old = build_fleet(settings(A, B), ticker, 0.0)
+    kept = old.pools["pool"].replicas[0]
+    kept.in_flight = 3
+    new = build_fleet(settings({**A, "weight": 2.0}), ticker, 0.0, old)
+    assert new.pools["pool"].replicas == (kept,)
+    assert (kept.in_flight, kept.weight) == (3, 2.0)
+    assert new.pools["pool"].upstreams[kept] is old.pools["pool"].upstreams[kept]
+
+
+async def test_a_change_of_the_connections_makes_a_new_client_for_the_same_replica() -> None:
+    ticker = Ticker()
+    old = build_fleet(settings(A), ticker, 0.0)
+    new = build_fleet(settings(A, connections={"max": 7}), ticker, 0.0, old)
+    (replica,) = new.pools["pool"].replicas
+    assert replica is old.pools["pool"].replicas[0]
+    assert new.pools["pool"].upstreams[replica] is not old.pools["pool"].upstreams[replica]
+
+
+async def test_two_paths_at_one_host_are_two_replicas_also_after_a_reload() -> None:
+    ticker = Ticker()
+    both = settings({"url": "http://127.0.0.1:1/one/v1"}, {"url": "http://127.0.0.1:1/two/v1"})
+    old = build_fleet(both, ticker, 0.0)
+    new = build_fleet(both, ticker, 0.0, old)
+    assert new.pools["pool"].replicas == old.pools["pool"].replicas
+    assert len(set(new.pools["pool"].replicas)) == 2
+    sent = {
+        upstream.request("/v1/embeddings", b"{}", "id")[0].split(b" ")[1]
+        for upstream in new.pools["pool"].upstreams.values()
+    }
+    assert sent == {b"/one/v1/embeddings", b"/two/v1/embeddings"}
