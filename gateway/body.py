@@ -94,7 +94,7 @@ def parse(raw: bytes) -> Body:
         raise InvalidRequest(_reason(error), code="invalid_json") from None
     if deep and _deeper_than(fields, MAX_DEPTH):
         raise InvalidRequest(f"The request body is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
-    spans = _compact_spans(raw, ranges)
+    spans = _regular_spans(raw, ranges)
     if spans is not None:
         return Body(raw, fields, spans, 1)
     start, spans = _walk(raw, ranges)
@@ -124,21 +124,34 @@ def _deeper_than(value: dict[str, Any], limit: int) -> bool:
     return True
 
 
-def _compact_spans(raw: bytes, ranges: Mapping[str, msgspec.Raw]) -> dict[str, tuple[int, int]] | None:
-    """Each value's place by adding up lengths; None when the body is not written without any white space.
+def _regular_spans(raw: bytes, ranges: Mapping[str, msgspec.Raw]) -> dict[str, tuple[int, int]] | None:
+    """Each value's place by adding up lengths, for the two layouts that JSON libraries write; None for any other.
 
-    The sum over the distinct keys is the least that an object with them can measure. White space, an escape in a key
-    and a repeated key all need more, so a body of exactly that length has none of them, and its keys stand in the
-    order in which the parser met them. OpenAI's SDK writes bodies like this.
+    Without white space (OpenAI's SDK, JavaScript): the sum over the distinct keys is the least that an object with them
+    can measure. White space, an escape in a key and a repeated key all need more, so a body of exactly that length has
+    none of them, and its keys stand in the order in which the parser met them. With one space after each colon and
+    comma (Python's default): a repeated key could hide in the spaces' room, so the body is compared with what it must
+    be.
     """
+    spare = len(raw) - 1
+    for name, value in ranges.items():
+        spare -= len(name) + len(memoryview(value)) + 4
+    if spare == 0:
+        gap = 0
+    elif spare == 2 * len(ranges) - 1 and raw == b"{%b}" % b", ".join(
+        [b'"%b": %b' % (name.encode(), value) for name, value in ranges.items()]
+    ):
+        gap = 1
+    else:
+        return None
     spans: dict[str, tuple[int, int]] = {}
     position = 1
     for name, value in ranges.items():
-        begin = position + len(name) + 3
+        begin = position + len(name) + 3 + gap
         end = begin + len(memoryview(value))
         spans[name] = (begin, end)
-        position = end + 1
-    return spans if position == len(raw) else None
+        position = end + 1 + gap
+    return spans
 
 
 def _walk(raw: bytes, ranges: Mapping[str, msgspec.Raw]) -> tuple[int, dict[str, tuple[int, int]]]:

@@ -175,14 +175,19 @@ class Relay:
         else:
             if passed:
                 self._held.append(passed)
+                self._body_bytes += len(passed)
             if reader.content_started:
                 self._begin_content()
+            elif self._body_bytes > self._max_response_bytes:
+                self._fail(UpstreamFailed("The model server sent too much before the first content."))
+                return
         if reader.error is not None:
             self._fail(from_stream_event(reader.error))
         elif reader.done:
             if reader.complete:
                 self.completed = True
-                self._linger_deadline = time.monotonic() + LINGER_S
+                if self._linger_deadline is None:  # what comes after `[DONE]` buys no more time
+                    self._linger_deadline = time.monotonic() + LINGER_S
             else:
                 self._fail(self._truncated())
 
@@ -325,4 +330,4 @@ class Relay:
 
 
 def _is_event_stream(headers: list[tuple[bytes, Any]]) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+    return any(name == b"content-type" and value.lower().startswith(b"text/event-stream") for name, value in headers)

@@ -63,7 +63,7 @@ class StreamReader:
         """`[DONE]` has been seen."""
         self.error: dict[str, Any] | None = None
         """The error object an event carried; nothing is passed on from there."""
-        self._finished: set[Any] = set()
+        self._finished: set[int] = set()
         self._late_line_feed: bytes | None = None
         """After an event that ended in CR: what to pass on for an LF, should it come first in the next read."""
         self._pending = bytearray()
@@ -168,7 +168,8 @@ class StreamReader:
             if not isinstance(choice, dict):
                 continue
             if choice.get("finish_reason"):
-                self._finished.add(choice.get("index", 0))
+                index = choice.get("index")
+                self._finished.add(index if type(index) is int else 0)
                 self.content_started = True
             if _has_content(choice):
                 self.content_events += 1

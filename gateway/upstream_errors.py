@@ -41,8 +41,14 @@ class UpstreamRejected(InvalidRequest):
 
 def from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes, now_unix_s: float) -> GatewayError:
     """The error for a reply of status 300 or more (redirects are not followed: they count as failures)."""
-    fields = _error_fields(body)
-    message = clean(str(fields.get("message") or "")) or f"The model server answered {status}."
+    return _from_fields(status, headers, _error_fields(body), now_unix_s)
+
+
+def _from_fields(
+    status: int, headers: list[tuple[bytes, bytes]], fields: dict[str, Any], now_unix_s: float
+) -> GatewayError:
+    said = fields.get("message")
+    message = (clean(said) if isinstance(said, str) else "") or f"The model server answered {status}."
     retry_after_s = parse_retry_after(headers, now_unix_s)
     code = fields.get("code")
     code = code if isinstance(code, str) else None
@@ -67,7 +73,7 @@ def from_stream_event(error: dict[str, Any]) -> GatewayError:
     """The error for one sent as an event of a stream; a numeric `code` is read as a status (SGLang's 503)."""
     code = error.get("code")
     status = code if isinstance(code, int) and 400 <= code < 600 else 500
-    return from_status(status, [], orjson.dumps({"error": error}), 0.0)
+    return _from_fields(status, [], error, 0.0)
 
 
 def from_connection(error: UpstreamError) -> GatewayError:

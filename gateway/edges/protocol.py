@@ -176,17 +176,17 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _begin(self) -> None:
         """The first byte of a request on an idle connection."""
-        self._began_at = time.monotonic()
         self._idle = False
         self._in_head = True
         self._framing_bytes = 0
-        self.expires_at = self._began_at + self.limits.header_timeout_s
+        self.expires_at = time.monotonic() + self.limits.header_timeout_s
 
     def on_message_begin(self) -> None:
         # uvicorn's part, the ASGI scope, is made only for requests that need one.
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
+        self._began_at = time.monotonic()
         self._in_head = True
         self._reading = True
         self._answered_early = False
@@ -228,7 +228,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.cycle = self._reply  # type: ignore[assignment]
         self._open.append(self._reply)
         self.headers = []
-        if self.expect_100_continue:
+        if self.expect_100_continue and version != "1.0":  # which knows no interim responses
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _to_asgi(self) -> None:

@@ -179,6 +179,29 @@ async def test_http_1_0_is_answered_without_chunks_and_closed(edge: str, host: s
 
 
 @both_edges
+async def test_http_1_0_is_not_told_to_continue(edge: str) -> None:
+    async with talking(edge) as talk:
+        await talk.client.send(post(CHAT, ASK, "Expect: 100-continue", version="1.0"))
+        assert (await talk.client.reply()).status == 200
+
+
+@both_edges
+async def test_a_request_is_timed_from_its_own_first_byte(edge: str) -> None:
+    async with talking(edge, {"delay_head_s": 0.8}) as talk:
+        second = post(CHAT, ASK, "x-tidegate-deadline-ms: 700")
+        await talk.client.send(post(CHAT, ASK))
+        request = await talk.engine.received(1)
+        await asyncio.sleep(0.6)  # the first one's time, which must not count
+        await talk.client.send(second[:20])
+        await request.done.wait()
+        talk.engine.script = talk.engine.script.updated({"delay_head_s": 0})
+        assert (await talk.client.reply()).status == 200
+        await talk.client.send(second[20:])
+        assert (await talk.client.reply()).status == 200
+        assert (await talk.gateway.settled(2))[1].duration_s < 0.7
+
+
+@both_edges
 async def test_pipelined_requests_are_answered_in_order(edge: str) -> None:
     async with talking(edge) as talk:
         talk.engine.queue.append(talk.engine.script.updated({"delay_head_s": 0.1}))

@@ -390,6 +390,29 @@ async def test_a_first_event_beyond_the_limit_is_a_502(edge: str) -> None:
 
 
 @EDGES
+async def test_an_engine_that_never_comes_to_the_content_is_not_remembered_without_bound(edge: str) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.send(HEAD)
+        while not peer.reader.at_eof():
+            await peer.send(framed(b": " + b"x" * 4000 + b"\n\n"))
+
+    async with playing(script, edge, backend={"max_response_bytes": 100_000}) as gateway:
+        reply = await ask(gateway, UNASKED)
+    assert (reply.status, error_of(reply.body)["code"]) == (502, "upstream_failed")
+
+
+@EDGES
+async def test_a_stream_is_known_however_its_content_type_is_spelt(edge: str) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.send(HEAD.replace(b"text/event-stream", b"Text/Event-Stream; charset=UTF-8") + framed(HI) + END)
+
+    async with playing(script, edge) as gateway:
+        reply = await ask(gateway, UNASKED)
+    assert reply.body.startswith(HI)
+    assert reply.events[-1]["error"]["code"] == "upstream_truncated"
+
+
+@EDGES
 async def test_an_answer_beyond_the_limit_is_a_502_and_is_not_read_to_its_end(edge: str) -> None:
     async with (
         FakeEngine(huge_body_bytes=30_000_000) as engine,

@@ -169,6 +169,16 @@ def test_all_of_n_choices_must_finish() -> None:
     assert read(TEXT + data(chunk((0, {}, "stop"), (1, {}, "stop"))), expected_choices=2)[1].complete
 
 
+@pytest.mark.parametrize("index", [b"[1]", b"{}", b"null", b'"0"', b"1e30"])
+def test_an_index_that_is_no_number_counts_as_the_first(index: bytes) -> None:
+    reader = StreamReader(expected_choices=2)
+    event = b'data: {"choices":[{"index":%b,"finish_reason":"stop"}]}\n\n'
+    assert reader.feed(event % index) == event % index
+    assert not reader.complete
+    reader.feed(event % b"1")
+    assert reader.complete
+
+
 def test_nothing_after_done_is_passed_on() -> None:
     assert read(FINISH + DONE + TEXT)[0] == FINISH + DONE
     assert read(FINISH, DONE, TEXT)[0] == FINISH + DONE

@@ -264,6 +264,23 @@ async def test_an_engine_that_keeps_the_body_open_after_done_is_not_waited_for(e
 
 
 @EDGES
+async def test_an_engine_that_talks_on_after_done_is_not_listened_to(edge: str) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.send(HEAD + framed(HI + STOP + DONE))
+        while not peer.reader.at_eof():
+            await peer.send(framed(PING))
+            await asyncio.sleep(0.05)
+
+    async with playing(script, edge) as gateway:
+        started_at = time.monotonic()
+        reply = await ask(gateway, UNASKED)
+        assert time.monotonic() - started_at < 1.0
+        (record,) = await gateway.settled()
+    assert (reply.body, reply.complete) == (HI + STOP + DONE, True)
+    assert record.outcome is Outcome.COMPLETED
+
+
+@EDGES
 async def test_a_client_that_leaves_at_done_has_a_complete_answer(edge: str) -> None:
     async def script(peer: Peer) -> None:
         await peer.send(HEAD + framed(HI + STOP + DONE))

@@ -208,6 +208,13 @@ def test_a_numeric_code_of_an_error_event_is_its_status(event: dict[str, Any], s
     shape(error)
 
 
+def test_an_error_event_of_any_depth_is_read() -> None:
+    nested: Any = "bottom"
+    for _ in range(1000):
+        nested = [nested]
+    assert shape(from_stream_event({"message": nested, "code": 400}))["message"] == "The model server answered 400."
+
+
 # Connections.
 
 
