@@ -41,7 +41,8 @@ async def test_stream_ends_with_finish_reason_usage_and_done(llamacpp_replica: L
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 "max_tokens": 4,
-                "messages": [{"role": "user", "content": "Count to ten."}],
+                "temperature": 0,
+                "messages": [{"role": "user", "content": "Explain gravity in one sentence."}],
             },
         ) as response,
     ):
