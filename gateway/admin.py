@@ -19,14 +19,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from pydantic import SecretStr
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.config.values import is_loopback
-from gateway.errors import GatewayError, InternalError, InvalidRequest, MethodNotAllowed, RouteNotFound
+from gateway.error_replies import ERROR_HANDLERS, error_response
+from gateway.errors import GatewayError, InvalidRequest
 from gateway.sources import WORKER_UP, Silent, Source
 
 DEFAULT_RECORDS = 100
@@ -64,7 +64,7 @@ def private_app(sources: Sequence[Source]) -> Starlette:
             Route("/admin/fleet", admin.fleet, methods=["GET"]),
             Route("/admin/usage", admin.usage, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _http_error, GatewayError: _gateway_error, Exception: _defect},
+        exception_handlers=ERROR_HANDLERS,
     )
 
 
@@ -203,30 +203,3 @@ def _limit(text: str | None) -> int:
 
 def _json(content: dict[str, Any]) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json", headers={"cache-control": "no-store"})
-
-
-def error_response(error: GatewayError) -> Response:
-    """The error as OpenAI's error object."""
-    response = Response(error.body(), error.status, media_type="application/json")
-    for name, value in error.headers():
-        response.headers[name.decode()] = value.decode()
-    return response
-
-
-async def _gateway_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)
-    return error_response(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.scope['path'][:200]}"
-    if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"{where} is not allowed."))
-        response.headers.update(error.headers or {})
-        return response
-    return error_response(RouteNotFound(f"There is no {where} here."))
-
-
-async def _defect(request: Request, error: Exception) -> Response:
-    return error_response(InternalError("Something went wrong inside the gateway."))

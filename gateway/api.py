@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.edges.asgi import InferenceEndpoint
-from gateway.errors import GatewayError, InternalError, MethodNotAllowed, ModelNotFound, RouteNotFound
+from gateway.error_replies import ERROR_HANDLERS
+from gateway.errors import ModelNotFound
 from gateway.fleet import ModelRoute
 from gateway.order import INFERENCE_PATHS
 from gateway.runtime import Runtime
@@ -33,7 +33,7 @@ def build_app(runtime: Runtime) -> ASGIApp:
     ]
     app = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: _http_error, GatewayError: _gateway_error, Exception: _defect},
+        exception_handlers=ERROR_HANDLERS,
     )
     # A path with a stray slash is unknown, as at OpenAI's; the redirect would be built from the client's Host header.
     app.router.redirect_slashes = False
@@ -112,28 +112,3 @@ def _model_object(name: str, route: ModelRoute, created_unix_s: int) -> dict[str
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
-
-
-def _error(error: GatewayError) -> Response:
-    response = Response(error.body(), error.status, media_type="application/json")
-    for name, value in error.headers():
-        response.headers[name.decode()] = value.decode()
-    return response
-
-
-async def _gateway_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)
-    return _error(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        response = _error(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path[:200]}."))
-        response.headers.update(error.headers or {})
-        return response
-    return _error(RouteNotFound(f"There is no {request.method} {request.url.path[:200]} here."))
-
-
-async def _defect(request: Request, error: Exception) -> Response:
-    return _error(InternalError("Something went wrong inside the gateway."))
