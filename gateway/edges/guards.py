@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
 from gateway.config import Server
 from gateway.errors import GatewayError, InvalidRequest
-
-if TYPE_CHECKING:
-    from gateway.edges.protocol import GatewayProtocol
 
 SWEEP_EVERY_S = 0.25
 
@@ -78,11 +76,22 @@ def refusal_bytes(problem: GatewayError, request_id: str) -> bytes:
     )
 
 
+class Guarded(Protocol):
+    """What the sweep needs to know of a connection."""
+
+    transport: asyncio.Transport
+    expires_at: float
+    stalled_since: float | None
+    unsent_bytes: int
+
+    def expire(self) -> None: ...
+
+
 class Sweep:
     """Closes connections whose phase took too long or whose client stopped reading. A member of the ticker."""
 
     def __init__(self, state: ServerState, write_stall_timeout_s: float) -> None:
-        self._connections: set[GatewayProtocol] = state.connections  # type: ignore[assignment]
+        self._connections: set[Guarded] = state.connections  # type: ignore[assignment]
         self._write_stall_timeout_s = write_stall_timeout_s
         self._next_at = 0.0
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from uvicorn.server import ServerState
 
 from gateway.reply import Headers
-
-if TYPE_CHECKING:
-    from gateway.edges.protocol import GatewayProtocol
+from gateway.runtime import Runtime
 
 _JOIN_LIMIT_BYTES = 65_536
 """Up to here copying head and body together is cheaper than a second write."""
@@ -21,6 +20,17 @@ class _Unused:
     """uvicorn sets an event on the current cycle when the client goes; replies need none."""
 
     def set(self) -> None: ...
+
+
+class ClientConnection(Protocol):
+    """What a reply needs of the connection it is written to."""
+
+    transport: asyncio.Transport
+    runtime: Runtime
+    server_state: ServerState
+    headers: Headers
+
+    def on_response_complete(self) -> None: ...
 
 
 class SocketReply:
@@ -43,7 +53,7 @@ class SocketReply:
         "task",
     )
 
-    def __init__(self, protocol: GatewayProtocol, path: str, *, keep_alive: bool, chunked: bool) -> None:
+    def __init__(self, protocol: ClientConnection, path: str, *, keep_alive: bool, chunked: bool) -> None:
         self._protocol = protocol
         self._chunked = chunked
         self._head = b""
