@@ -136,12 +136,20 @@ def _judge(error: UpstreamError, replica: Replica, tried: list[Replica]) -> None
     if isinstance(error, Disconnected) and error.retry_safe:
         return
     if isinstance(error, ConnectFailed):
-        replica.cooldown.failed(time.monotonic())
+        _mark(replica, error)
         tried.append(replica)
         return
     if isinstance(error, Disconnected | ProtocolViolation):
-        replica.cooldown.failed(time.monotonic())
+        _mark(replica, error)
     raise from_connection(error)
+
+
+def _mark(replica: Replica, error: UpstreamError) -> None:
+    """Leave the replica alone for a moment. Logged once for each such pause, however many requests run into it."""
+    now = time.monotonic()
+    if not replica.cooldown.active(now):
+        logger.warning("replica %s fails: %s", replica.name, error)
+    replica.cooldown.failed(now)
 
 
 def _none_left(decision: Decision, last: UpstreamError | None) -> GatewayError:

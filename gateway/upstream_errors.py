@@ -89,7 +89,8 @@ def from_connection(error: UpstreamError) -> GatewayError:
 
 def clean(message: str) -> str:
     """The message without file paths, and not longer than a client can use. Links to documentation are kept."""
-    return _LINK_OR_PATH.sub(lambda found: found[1] or "<path>", message)[:_MAX_MESSAGE]
+    # Cut first as well: an engine may quote the whole prompt, and megabytes of it would hold the loop for seconds.
+    return _LINK_OR_PATH.sub(lambda found: found[1] or "<path>", message[: 4 * _MAX_MESSAGE])[:_MAX_MESSAGE]
 
 
 def parse_retry_after(headers: list[tuple[bytes, bytes]], now_unix_s: float) -> float | None:

@@ -122,6 +122,15 @@ async def test_when_all_refuse_it_is_a_502_in_openais_shape(edge: str, body: dic
     assert again.headers["x-tidegate-attempts"] == "2"
 
 
+async def test_the_log_says_why_a_replica_fails_and_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    with refusing() as (dead,):
+        async with serving(settings_for([dead])) as gateway:
+            for _ in range(3):
+                assert (await ask(gateway, CHAT)).status == 502
+    said = [each.getMessage() for each in caplog.records if each.name == "gateway.exchange"]
+    assert said == [f"replica pool-0 fails: {dead.removeprefix('http://')}: connection refused (connect)"]
+
+
 # Kept-alive connections.
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import time
 from typing import Any
 
 import pytest
@@ -128,6 +129,13 @@ def test_paths_of_the_server_are_cleaned_and_links_are_kept(message: str, cleane
 
 def test_long_messages_are_cut() -> None:
     assert len(translated(400, {"error": {"message": "x" * 100_000}}).message) <= 2000
+
+
+def test_a_quoted_prompt_of_megabytes_costs_nothing() -> None:
+    body = json.dumps({"error": {"message": "x/" * 10_000_000}}).encode()
+    started_at = time.process_time()
+    from_status(400, [], body, 0.0)
+    assert time.process_time() - started_at < 0.5
 
 
 # Retry-After.
