@@ -24,7 +24,15 @@ from backends.errors import (
 from backends.http1 import Connection
 from backends.upstream import Upstream
 from gateway import usage
-from gateway.errors import Draining, GatewayError, InternalError, NoReplicaAvailable, StreamInterrupted, UpstreamTimeout
+from gateway.errors import (
+    Draining,
+    GatewayError,
+    InternalError,
+    NoReplicaAvailable,
+    StreamInterrupted,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
 from gateway.order import Call, Order, read_order
 from gateway.record import Exchange, Outcome
 from gateway.relay import Relay, UpstreamReply
@@ -216,11 +224,14 @@ def _headers(exchange: Exchange, content: Headers) -> Headers:
 
 def _write_whole(whole: UpstreamReply, reply: Reply, exchange: Exchange) -> None:
     """Pass on a reply that was collected whole, or raise the error it stands for."""
-    if not 200 <= whole.status < 300:
+    if whole.status != 200:
+        # Of the 2xx too: nothing created, partial or empty answers an inference call.
         raise from_status(whole.status, whole.headers, whole.body, time.time())
     if reply.started:
         # The hold ran out and the client is reading a stream; a plain body cannot follow.
         raise StreamInterrupted("The model server answered a streaming request without a stream.")
+    if exchange.stream and not whole.body:
+        raise UpstreamFailed("The model server answered a streaming request with nothing.", code="upstream_truncated")
     _note_whole(exchange, whole)
     content_type = dict(whole.headers).get(b"content-type", b"application/json")
     reply.send(whole.status, _headers(exchange, [(b"content-type", content_type)]), whole.body)

@@ -69,7 +69,7 @@ class Metrics:
         self.started_unix_s = time.time()
         self._requests: dict[tuple[str, str, str], int] = {}
         self._refused: dict[int, int] = {}
-        self._attempts: dict[str, int] = {}
+        self._attempts: dict[tuple[str, str], int] = {}
         self._models: dict[str, _ModelCounts] = {}
 
     def observe(self, exchange: Exchange) -> None:
@@ -94,7 +94,8 @@ class Metrics:
         if exchange.cost_usd is not None:
             counts.cost_usd += exchange.cost_usd
         if exchange.replica:
-            self._attempts[exchange.replica] = self._attempts.get(exchange.replica, 0) + exchange.attempts
+            tried = (exchange.pool, exchange.replica)
+            self._attempts[tried] = self._attempts.get(tried, 0) + exchange.attempts
 
     def refused(self, status: int) -> None:
         """Count a request that was answered with an error before it became an exchange."""
@@ -117,10 +118,10 @@ class Metrics:
         attempts = CounterMetricFamily(
             "tidegate_attempts",
             "Attempts of requests, by the replica that was tried last.",
-            labels=["replica"],
+            labels=["pool", "replica"],
         )
-        for replica, count in list(self._attempts.items()):
-            attempts.add_metric([replica], count)
+        for tried, count in list(self._attempts.items()):
+            attempts.add_metric(tried, count)
         yield attempts
         yield from self._token_families()
         yield self._histogram("tidegate_ttft_seconds", "Time to first content.", lambda counts: counts.ttft)

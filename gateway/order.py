@@ -130,8 +130,13 @@ def _max_tokens(fields: Mapping[str, Any]) -> int | None:
 
 
 def _expected_choices(path: str, fields: Mapping[str, Any]) -> int:
-    """How many choices must finish: `n` for each prompt. Nonsense counts as one and is the engine's to refuse."""
+    """How many choices must finish: `n` for each prompt. Nonsense counts as one and is the engine's to refuse.
+
+    Engines that validate leniently read `2.0` and `"2"` as 2; believing them means not taking half an answer for all.
+    """
     n = fields.get("n")
+    if (isinstance(n, float) and n.is_integer()) or (isinstance(n, str) and n.isascii() and n.isdigit() and len(n) < 6):
+        n = int(n)
     choices = n if type(n) is int and n > 0 else 1
     prompt = fields.get("prompt")
     if path == COMPLETIONS and isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):

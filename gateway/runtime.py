@@ -124,7 +124,10 @@ class Runtime:
         """Run best-effort work that no request waits for. Bounded: beyond the limit it is dropped."""
         if len(self._background) >= MAX_BACKGROUND_TASKS:
             work.close()
-            return
+        else:
+            self._keep(work)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -139,7 +142,7 @@ class Runtime:
         old = self.fleet
         self.fleet = build_fleet(settings, self.ticker, time.time(), old)
         self.settings = settings
-        self.spawn(self._retire(old))
+        self._keep(self._retire(old))
 
     async def _retire(self, old: Fleet) -> None:
         """Close what only the old fleet used, once every exchange that may still come for it has ended."""

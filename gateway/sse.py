@@ -27,6 +27,10 @@ _BOUNDARY = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
+_BOM = b"\xef\xbb\xbf"
+"""May stand before a stream and is no part of it. Looked for at every event that is parsed."""
+
+
 class EventTooLarge(Exception):
     """One event exceeded the configured size without ending."""
 
@@ -136,7 +140,7 @@ class StreamReader:
         """Judge one event; return it with its terminator, or nothing when it must not be passed on."""
         if len(event) > self.max_event_bytes:
             raise EventTooLarge
-        name, payload = _fields(event)
+        name, payload = _fields(event.removeprefix(_BOM))
         if payload is None:
             return event + terminator
         if payload == b"[DONE]":

@@ -40,7 +40,7 @@ class UpstreamRejected(InvalidRequest):
 
 
 def from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes, now_unix_s: float) -> GatewayError:
-    """The error for a reply of status 300 or more (redirects are not followed: they count as failures)."""
+    """The error for a reply of any status but 200 (redirects are not followed: they count as failures)."""
     return _from_fields(status, headers, _error_fields(body), now_unix_s)
 
 
@@ -52,7 +52,7 @@ def _from_fields(
     retry_after_s = parse_retry_after(headers, now_unix_s)
     code = fields.get("code")
     code = code if isinstance(code, str) else None
-    if status in (401, 403):
+    if status in (401, 403, 407):
         return UpstreamFailed("The model server refused the gateway's own credential.", code="upstream_auth_failed")
     if status == 429:
         limited = UpstreamOverloaded(message, code=code or "rate_limit_exceeded", retry_after_s=retry_after_s or 1.0)

@@ -32,8 +32,10 @@ from gateway.runtime import Runtime
 _HOT_PATHS = {path.encode(): path for path in INFERENCE_PATHS}
 _LAST_READ_S = 2.0
 """How long a refused client may go on sending. Closing at once would be a reset, and take the refusal with it."""
-_READ_AHEAD = 8
-"""Requests that may wait behind the one being answered while we go on reading, so that a client's going is seen."""
+_MAX_PIPELINED = 100
+"""Requests that may wait behind the one being answered. Reading goes on meanwhile, to see the client go."""
+_FIRST_TAKE_BYTES = 65_536
+"""What a declared length takes of the byte budget at once. The rest is taken as it comes: a claim holds no memory."""
 
 
 class _Refused(Exception):
@@ -76,7 +78,6 @@ class GatewayProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._body_budget_bytes = 0
         self._budget_bytes = 0
-        self._expects_continue = False
         self._began_at = 0.0
 
     # Life of the connection.
@@ -204,7 +205,9 @@ class GatewayProtocol(HttpToolsProtocol):
         length = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         if length > self.limits.max_body_bytes:
             self._stop(self._body_too_large())
-        self._take_budget(length)
+        if len(self._open) > _MAX_PIPELINED:
+            self._stop(InvalidRequest("Too many pipelined requests.", code="too_many_requests"))
+        self._take_budget(min(length, _FIRST_TAKE_BYTES))
         self.expires_at = time.monotonic() + self.limits.body_timeout_s
         path = _HOT_PATHS.get(self.url)
         version = self.parser.get_http_version()
@@ -216,7 +219,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._to_asgi()
             self._open.append(self.cycle)
             self.headers = []  # trailers would be added to the head that has been checked
-            if 0 < len(self.pipeline) <= _READ_AHEAD:
+            if self.pipeline:
                 self.flow.resume_reading()
             return
         self._reply = SocketReply(
@@ -250,7 +253,7 @@ class GatewayProtocol(HttpToolsProtocol):
         reply = self._reply
         if reply is None:
             super().on_body(body)
-            if 0 < len(self.pipeline) <= _READ_AHEAD:
+            if self.pipeline:
                 self.flow.resume_reading()
         else:
             reply.body.append(body)

@@ -374,3 +374,21 @@ async def test_an_answer_that_is_compressed_all_the_same_is_a_502(edge: str, bod
         answer = await ask(gateway, body)
         assert answer.status == 502
         assert error_of(answer.body)["code"] == "upstream_compressed"
+
+
+@EDGES
+@pytest.mark.parametrize("status", ["201 Created", "204 No Content", "206 Partial Content"])
+async def test_a_success_that_is_no_answer_is_a_502(edge: str, status: str) -> None:
+    length = "" if status.startswith("204") else "content-length: 2\r\n"
+    raw = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{length}\r\n{'{}' if length else ''}"
+    async with FakeEngine(Behaviour(raw=raw)) as engine, serving(settings_for([engine.url], edge=edge)) as gateway:
+        answer = await ask(gateway, CHAT)
+        assert (answer.status, error_of(answer.body)["code"]) == (502, "upstream_error")
+
+
+@EDGES
+async def test_a_stream_answered_with_nothing_is_a_502(edge: str) -> None:
+    raw = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 0\r\n\r\n"
+    async with FakeEngine(Behaviour(raw=raw)) as engine, serving(settings_for([engine.url], edge=edge)) as gateway:
+        answer = await ask(gateway, {**CHAT, "stream": True})
+        assert (answer.status, error_of(answer.body)["code"]) == (502, "upstream_truncated")

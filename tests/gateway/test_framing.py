@@ -380,3 +380,24 @@ async def test_small_writes_are_not_delayed_on_either_side(edge: str, path: str)
         for transport in (connection.transport, wire.transport):
             sock = transport.get_extra_info("socket")
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+
+
+@both_edges
+async def test_too_many_pipelined_requests_end_the_connection_and_the_work(edge: str) -> None:
+    async with talking(edge, {"hang": True}) as talk:
+        await talk.client.send(post(CHAT, ASK))
+        asked = await talk.engine.received(1)
+        await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 150)
+        async with asyncio.timeout(2):
+            await asked.gone.wait()
+
+
+@both_edges
+async def test_a_client_behind_a_pipeline_is_seen_to_leave(edge: str) -> None:
+    async with talking(edge, {"hang": True}) as talk:
+        await talk.client.send(post(CHAT, ASK))
+        asked = await talk.engine.received(1)
+        await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
+        talk.client.leave("close")
+        async with asyncio.timeout(1):
+            await asked.gone.wait()

@@ -351,3 +351,20 @@ async def test_more_request_bytes_than_fit_are_refused_until_others_are_done(edg
         async with connect(gateway.host, gateway.port) as third:
             await third.send(post(CHAT, filler))
             assert (await third.reply()).status == 200
+
+
+@both_edges
+async def test_a_declared_length_alone_holds_little_of_the_byte_budget(edge: str) -> None:
+    size = 1 << 20
+    claim = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    async with (
+        FakeEngine() as engine,
+        gateway_of(engine, edge, max_in_flight_bytes=2 * size, max_body_bytes=size) as gateway,
+        contextlib.AsyncExitStack() as claims,
+    ):
+        for _ in range(8):
+            claimant = await claims.enter_async_context(connect(gateway.host, gateway.port))
+            await claimant.send(claim)
+        async with connect(gateway.host, gateway.port) as other:
+            await other.send(post(CHAT, {**ASK, "user": "a" * (size // 2)}))
+            assert (await other.reply()).status == 200

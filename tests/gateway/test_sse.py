@@ -420,3 +420,10 @@ def test_a_huge_event_in_tiny_pieces_costs_time_in_proportion() -> None:
 
     small = min(cost_s(30_000) for _ in range(3))
     assert cost_s(300_000) < 25 * small  # quadratic would be 100
+
+
+def test_a_byte_order_mark_before_the_stream_is_no_part_of_its_first_event() -> None:
+    reader = StreamReader()
+    event = b'\xef\xbb\xbfdata: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+    assert reader.feed(event) == event
+    assert reader.complete
