@@ -389,7 +389,7 @@ async def test_too_many_pipelined_requests_end_the_connection_and_the_work(edge:
         asked = await talk.engine.received(1)
         await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 150)
         async with asyncio.timeout(2):
-            await asked.gone.wait()
+            assert await asked.gone.wait()
 
 
 @both_edges
@@ -400,4 +400,4 @@ async def test_a_client_behind_a_pipeline_is_seen_to_leave(edge: str) -> None:
         await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
         talk.client.leave("close")
         async with asyncio.timeout(1):
-            await asked.gone.wait()
+            assert await asked.gone.wait()
