@@ -15,6 +15,8 @@ import yaml
 from gateway.config.problems import Path, Problem, show_path, shown
 
 _TEXT = "tag:yaml.org,2002:str"
+MAX_VALUES = 200_000
+"""Values a file may have. Ten lines of aliases of aliases stand for billions, and would keep a reload busy for ever."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -98,6 +100,9 @@ def _parse(document: Document, text: str) -> None:
             document.add(line, (), "the file is not a mapping of settings", "write e.g. server: {port: 7400}")
             document.readable = False
             return
+        if _expanded(node, {}) > MAX_VALUES:
+            problem = f"aliases (*) multiply it to more than {MAX_VALUES:,} values"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         _check_keys(document, node, (), [])
         data = _unshared(loader.construct_document(node))
         if not isinstance(data, dict):
@@ -108,6 +113,20 @@ def _parse(document: Document, text: str) -> None:
         _note_lines(document, node, ())
     finally:
         loader.dispose()
+
+
+def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values there are once every alias stands for a copy. `sizes` keeps what is known, by node identity."""
+    size = sizes.get(id(node))
+    if size is None:
+        sizes[id(node)] = 0  # met again inside itself: reported later, as an alias that contains itself
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        size = sizes[id(node)] = 1 + sum(_expanded(part, sizes) for part in below)
+    return size
 
 
 def _unshared(value: Any) -> Any:

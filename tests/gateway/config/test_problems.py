@@ -362,3 +362,12 @@ def test_paths_and_values_are_shown_on_one_line() -> None:
     assert show_path(("models", "gpt-4.1", "aliases", 0)) == 'models["gpt-4.1"].aliases[0]'
     assert shown("a\nb\x1b[1m") == '"a\\nb\\u001b[1m"'
     assert len(shown("x" * 1000)) < 100
+
+
+def test_aliases_that_multiply_are_refused_at_once(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    file = tmp_path / "bomb.yaml"
+    file.write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match="multiply it to more than 200,000 values"):
+        load(file, {})
