@@ -91,7 +91,8 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
         with replica.reserve(order.request):
             exchange.attempts += 1
             _note_choice(exchange, replica, decision)
-            relay.headers = _headers(exchange, [(b"content-type", b"text/event-stream; charset=utf-8")])
+            if exchange.stream:
+                relay.headers = _headers(exchange, [(b"content-type", b"text/event-stream; charset=utf-8")])
             try:
                 whole = await _attempt(call, order, relay, replica, runtime)
             except UpstreamError as error:
@@ -224,8 +225,7 @@ def _headers(exchange: Exchange, content: Headers) -> Headers:
 
 def _write_whole(whole: UpstreamReply, reply: Reply, exchange: Exchange) -> None:
     """Pass on a reply that was collected whole, or raise the error it stands for."""
-    if whole.status != 200:
-        # Of the 2xx too: nothing created, partial or empty answers an inference call.
+    if not whole.answers:
         raise from_status(whole.status, whole.headers, whole.body, time.time())
     if reply.started:
         # The hold ran out and the client is reading a stream; a plain body cannot follow.
@@ -250,7 +250,7 @@ def _note_departure(exchange: Exchange, relay: Relay | None) -> None:
         return
     if relay.whole is None:
         exchange.outcome = Outcome.COMPLETED
-    elif 200 <= relay.whole.status < 300:
+    elif relay.whole.answers:
         exchange.outcome = Outcome.COMPLETED
         _note_whole(exchange, relay.whole)
 

@@ -49,6 +49,11 @@ class UpstreamReply:
     headers: Headers
     body: bytes
 
+    @property
+    def answers(self) -> bool:
+        """Whether it is an answer. Of the 2xx too: nothing created, partial or empty answers an inference call."""
+        return self.status == 200
+
 
 class Relay:
     """One request's way back. `attempt` may be called again after it failed, while nothing was shown."""
@@ -74,7 +79,7 @@ class Relay:
         self.whole: UpstreamReply | None = None
         """That answer, unless it is a stream."""
         self.headers: Headers = []
-        """Set by the exchange for each attempt: what a streamed response's head will carry."""
+        """Set by the exchange for each attempt of a streaming request: what the response's head will carry."""
         self._reply = reply
         self._timing = timing
         self._ticker = ticker

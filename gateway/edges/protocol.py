@@ -197,7 +197,8 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._advanced = True
-        problem = head_problem(self.parser.get_http_version(), self.url, self.headers, self.limits)
+        version = self.parser.get_http_version()
+        problem = head_problem(version, self.url, self.headers, self.limits)
         if problem is not None:
             self._stop(problem)
         if self.parser.should_upgrade():
@@ -210,11 +211,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self._take_budget(min(length, _FIRST_TAKE_BYTES))
         self.expires_at = time.monotonic() + self.limits.body_timeout_s
         path = _HOT_PATHS.get(self.url)
-        version = self.parser.get_http_version()
         hot = self._hot or version == "1.0"  # to which uvicorn would send chunks
-        current: Any = self.cycle
-        free = current is None or current.response_complete
-        if path is None or not hot or not free or self.parser.get_method() != b"POST":
+        if path is None or not hot or self._open or self.parser.get_method() != b"POST":
             self._reply = None
             self._to_asgi()
             self._open.append(self.cycle)

@@ -41,7 +41,6 @@ class SocketReply:
         "_head",
         "_protocol",
         "body",
-        "body_bytes",
         "disconnected",
         "headers",
         "keep_alive",
@@ -59,7 +58,6 @@ class SocketReply:
         self._head = b""
         self.path = path
         self.body: list[bytes] = []
-        self.body_bytes = 0
         self.disconnected = False
         self.headers = protocol.headers
         self.keep_alive = keep_alive
