@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from routing.health import Cooldown
+from routing.credential import Credential
+from routing.health import Cooldown, Health
+from routing.load import Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class InferenceRequest:
     max_output_tokens: int | None = None
     regions: tuple[str, ...] = ()
     """The only regions the request may be served in; empty means any."""
+    adapter: str | None = None
+    """LoRA adapter that must be resident where the request goes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,41 +46,71 @@ class Replica:
     max_in_flight: int | None = None
     in_flight: int = 0
     in_flight_bytes: int = 0
-    cooldown: Cooldown = field(default_factory=Cooldown)
+    streams: int = 0
+    """Those of the requests in flight that are streamed."""
+    health: Health = field(default_factory=Health)
+    credential: Credential | None = None
+    """The key it is called with, shared with the other replicas that are called with the same one."""
+    load: Load | None = None
+    """The engine's last report about itself; None before the first, or where it makes none."""
+    draining: bool = False
+    """An operator has asked for no new work to be sent here."""
+    adapters: frozenset[str] | None = None
+    """LoRA adapters in memory and usable now; None when it is not known which."""
+    dp_rank: int | None = None
+    """Data-parallel rank of the engine that this replica stands for; None leaves the choice to the engine."""
+    epoch: str | None = None
+    """Changes when the engine has restarted or changed its weights, so that its cache is empty."""
+
+    @property
+    def cooldown(self) -> Cooldown:
+        return self.health.cooldown
 
     def unavailable_reason(self, now: float) -> str | None:
         """Why no request may go here at `now` (seconds, any monotonic clock); None when one may."""
-        # The limit comes first: a policy may decide to ignore a cool-down, never a full replica.
+        # What binds comes before what is only suspected: a policy may ignore a mark of ill health when nothing else
+        # is left (`routing.filters.SOFT`), never a drain, a limit or a refused key.
+        if self.draining:
+            return "draining"
         if self.max_in_flight is not None and self.in_flight >= self.max_in_flight:
             return "full"
-        if self.cooldown.active(now):
-            return "cooling_down"
-        return None
+        if self.credential is not None and now < self.credential.until:
+            return "credential_refused"
+        return self.health.unavailable_reason(now)
 
     def available(self, now: float) -> bool:
         return self.unavailable_reason(now) is None
 
     def reserve(self, request: InferenceRequest) -> Reservation:
         """Hold one place for the length of a `with` block; released on every way out."""
-        return Reservation(self, request.prompt_bytes)
+        return Reservation(self, request.prompt_bytes, request.stream)
 
 
 class Reservation:
     """One place at a replica. A class, since a generator-based context manager costs three times as much."""
 
-    __slots__ = ("_prompt_bytes", "_replica")
+    __slots__ = ("_prompt_bytes", "_replica", "_stream", "_trial")
 
-    def __init__(self, replica: Replica, prompt_bytes: int) -> None:
+    def __init__(self, replica: Replica, prompt_bytes: int, stream: bool) -> None:
         self._replica = replica
+        self._stream = stream
         self._prompt_bytes = prompt_bytes
+        self._trial = 0
 
     def __enter__(self) -> None:
-        self._replica.in_flight += 1
-        self._replica.in_flight_bytes += self._prompt_bytes
+        replica = self._replica
+        replica.in_flight += 1
+        replica.in_flight_bytes += self._prompt_bytes
+        replica.streams += self._stream
+        self._trial = replica.health.enter_trial()
 
     def __exit__(self, *_: object) -> None:
-        self._replica.in_flight -= 1
-        self._replica.in_flight_bytes -= self._prompt_bytes
+        replica = self._replica
+        replica.in_flight -= 1
+        replica.in_flight_bytes -= self._prompt_bytes
+        replica.streams -= self._stream
+        if self._trial:
+            replica.health.leave_trial(self._trial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +135,7 @@ class Policy(Protocol):
     """Chooses a replica. Synchronous, without I/O, and free of clocks: `now` is an argument.
 
     `tried` holds replicas that already failed this request; a policy never returns one of them, nor one that is
-    full. One that is cooling down is returned only when nothing else is left.
+    full, draining or without a valid key. One that seems unwell is returned only when nothing else is left.
     """
 
     def decide(

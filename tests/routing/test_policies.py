@@ -8,6 +8,9 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.credential import Credential
+from routing.filters import SOFT
+from routing.health import Evidence, observe
 from routing.policies import LeastOutstanding
 from routing.types import Decision, InferenceRequest, Replica
 
@@ -27,6 +30,35 @@ def decide(replicas: list[Replica], *regions: str, tried: tuple[Replica, ...] = 
     return LeastOutstanding(Random(seed)).decide(request(*regions), replicas, NOW, tried)
 
 
+UNWELL = ("", "", "", "cooling_down", "ejected", "half_open", "not_ready", "unresponsive", "stalled", "rested")
+
+
+def make_unwell(one: Replica, how: str) -> None:
+    """Give it the mark of that name at `NOW`; "rested" had a cool-down that is over."""
+    if how in ("cooling_down", "rested"):
+        one.cooldown.failed(NOW if how == "cooling_down" else NOW - 10.0)
+    elif how in ("ejected", "half_open"):
+        at = NOW if how == "ejected" else NOW - 11.0
+        for _ in range(5):
+            observe(one, [one, replica()], Evidence.FAILED, at)
+    elif how == "not_ready":
+        one.health.probed(False, NOW)
+    elif how == "unresponsive":
+        for _ in range(3):
+            one.health.probe_failed(False, NOW)
+    elif how == "stalled":
+        one.health.checked_progress(1, False, NOW - 30.0)
+        one.health.checked_progress(1, False, NOW)
+
+
+def warming(name: str, elapsed_s: float = 0.0, **fields: object) -> Replica:
+    """One that came back from an ejection so long before `NOW`."""
+    one = replica(name, **fields)
+    make_unwell(one, "ejected")
+    one.health.hint_recovered(NOW - elapsed_s)
+    return one
+
+
 @st.composite
 def fleets(draw: st.DrawFn) -> tuple[list[Replica], list[Replica], tuple[str, ...]]:
     """Replicas in any state, those already tried, and the regions asked for."""
@@ -39,8 +71,8 @@ def fleets(draw: st.DrawFn) -> tuple[list[Replica], list[Replica], tuple[str, ..
             max_in_flight=draw(st.sampled_from((None, 1, 2))),
             in_flight=draw(st.integers(0, 3)),
         )
-        if draw(st.booleans()):
-            one.cooldown.failed(NOW - draw(st.sampled_from((0.0, 10.0))))
+        make_unwell(one, draw(st.sampled_from(UNWELL)))
+        one.draining = draw(st.integers(0, 5)) == 0
         replicas.append(one)
     tried = [each for each in replicas if draw(st.booleans())]
     regions = draw(st.sampled_from(((), ("eu-west",), ("us-east", "eu-west"), ("mars",))))
@@ -48,7 +80,7 @@ def fleets(draw: st.DrawFn) -> tuple[list[Replica], list[Replica], tuple[str, ..
 
 
 @given(fleets(), st.integers(0, 100))
-def test_never_a_tried_full_or_out_of_region_replica(
+def test_never_a_tried_full_draining_or_out_of_region_replica(
     fleet: tuple[list[Replica], list[Replica], tuple[str, ...]], seed: int
 ) -> None:
     replicas, tried, regions = fleet
@@ -57,6 +89,7 @@ def test_never_a_tried_full_or_out_of_region_replica(
         return
     assert chosen in replicas
     assert chosen not in tried
+    assert not chosen.draining
     assert chosen.max_in_flight is None or chosen.in_flight < chosen.max_in_flight
     assert not regions or chosen.region in regions
 
@@ -71,11 +104,12 @@ def test_someone_is_chosen_whenever_someone_may_be(
         each
         for each in replicas
         if each not in tried
+        and not each.draining
         and (not regions or each.region in regions)
         and (each.max_in_flight is None or each.in_flight < each.max_in_flight)
     ]
     assert (decision.replica is not None) == bool(allowed)
-    healthy = [each for each in allowed if not each.cooldown.active(NOW)]
+    healthy = [each for each in allowed if each.available(NOW)]
     if healthy:
         assert decision.replica in healthy
         assert decision.replica is not None
@@ -92,7 +126,7 @@ def test_every_replica_is_a_candidate_or_excluded_with_one_reason(
     excluded = [each.replica for each in decision.excluded]
     assert len(excluded) == len(set(excluded))
     assert decision.replica not in excluded
-    assert {each.reason for each in decision.excluded} <= {"region", "already_tried", "cooling_down", "full"}
+    assert {each.reason for each in decision.excluded} <= {"region", "already_tried", "draining", "full"} | SOFT
     if decision.replica is None:
         assert set(excluded) == set(replicas)
 
@@ -148,6 +182,65 @@ def test_when_all_are_cooling_down_the_cool_downs_are_ignored() -> None:
     decision = decide(replicas, tried=(replicas[2],))
     assert (decision.replica, decision.reason) == (replicas[1], "all_cooling_down")
     assert [each.reason for each in decision.excluded] == ["already_tried"]
+
+
+def test_when_all_are_unwell_in_different_ways_any_of_them_may_be_chosen() -> None:
+    replicas = [replica(how) for how in UNWELL[3:9]]
+    for each in replicas:
+        make_unwell(each, each.name)
+        assert each.unavailable_reason(NOW) == each.name
+    decisions = [decide(replicas, seed=seed) for seed in range(100)]
+    assert {each.reason for each in decisions} == {"all_unhealthy"}
+    assert {each.replica for each in decisions} == set(replicas)
+    assert decisions[0].excluded == []
+
+
+def test_panic_never_uses_a_refused_key_or_a_draining_replica() -> None:
+    locked, leaving = replica("locked", credential=Credential()), replica("leaving", draining=True)
+    assert locked.credential is not None
+    locked.credential.refused(NOW)
+    decision = decide([locked, leaving])
+    assert (decision.replica, decision.reason) == (None, "none_available")
+    assert [each.reason for each in decision.excluded] == ["credential_refused", "draining"]
+
+
+def test_idle_replicas_are_drawn_by_weight() -> None:
+    replicas = [replica("light"), replica("heavy", weight=3.0)]
+    policy = LeastOutstanding(Random(3))
+    heavy = sum(policy.decide(request(), replicas, NOW).replica is replicas[1] for _ in range(4000))
+    assert 2900 < heavy < 3100
+
+
+def test_a_warming_replica_gets_a_tenth_of_what_it_would_when_all_are_idle() -> None:
+    replicas = [warming("back"), *(replica(f"r{index}") for index in range(3))]
+    policy = LeastOutstanding(Random(4))
+    counts = Counter(policy.decide(request(), replicas, NOW).replica for _ in range(40_000))
+    assert 900 < counts[replicas[0]] < 1100  # 40,000 / 4 / 10
+
+
+def test_a_warming_replica_holds_its_share_of_what_is_in_flight() -> None:
+    replicas = [warming("back", 20.0), *(replica(f"r{index}") for index in range(3))]
+    policy = LeastOutstanding(Random(5))
+    for _ in range(3400):
+        chosen = policy.decide(request(), replicas, NOW).replica
+        assert chosen is not None
+        chosen.in_flight += 1
+    assert abs(replicas[0].in_flight - 400) <= 2  # 0.4 of 3.4
+
+
+def test_when_all_are_warming_alike_nothing_changes() -> None:
+    replicas = [warming(f"r{index}") for index in range(4)]
+    policy = LeastOutstanding(Random(6))
+    for _ in range(400):
+        chosen = policy.decide(request(), replicas, NOW).replica
+        assert chosen is not None
+        chosen.in_flight += 1
+    assert [each.in_flight for each in replicas] == [100] * 4
+
+
+def test_a_warming_replica_that_is_the_only_one_left_takes_everything() -> None:
+    alone, full = warming("alone"), replica("full", max_in_flight=1, in_flight=1)
+    assert all(decide([alone, full], seed=seed).replica is alone for seed in range(50))
 
 
 def test_panic_never_reaches_outside_the_region() -> None:
