@@ -24,6 +24,8 @@ class Begin:
 
     parent_pid: int
     settings: Settings
+    store_path: str
+    """The socket of the store that all workers share."""
 
 
 @dataclass(frozen=True, slots=True)

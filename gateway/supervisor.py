@@ -1,6 +1,7 @@
 """The parent of several workers: binds what they listen on, keeps them running, tells them to reload and to stop.
 
-It serves nobody but the operators, who see all workers through its admin listener. A worker that ends without having
+It serves nobody but the operators, who see all workers through its admin listener, and the workers, whose shared store
+it keeps: the store outlives each of them, and they do not outlive the supervisor. A worker that ends without having
 been told to is replaced; workers that cannot even start, while none is serving, end the supervisor, since whatever
 started it should hear of that.
 """
@@ -27,6 +28,8 @@ from gateway.config import Settings
 from gateway.listener import Listener, admin_listener, bind_uds, listen
 from gateway.reload import Reloader
 from gateway.sources import RemoteSource
+from gateway.store import MemoryStore
+from gateway.store.server import StoreServer
 
 logger = logging.getLogger("tidegate")
 
@@ -97,6 +100,7 @@ class Supervisor:
         self._worker_options = worker_options
         self._on_ready = on_ready
         self._slots: list[_Slot] = []
+        self._store_path = ""
         self._stopping = asyncio.Event()
         self._gave_up = False
         self._announced = False
@@ -108,6 +112,9 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="tidegate-", dir=_short_folder()) as folder:  # mode 0700
             self._slots = [_Slot(index, Path(folder)) for index in range(self._count)]
             listen([slot.admin_socket for slot in self._slots])
+            self._store_path = str(Path(folder, "store.sock"))
+            store = StoreServer(MemoryStore(), bind_uds(self._store_path, "the workers' store"))
+            await store.start()
             self._handle_signals()
             async with asyncio.TaskGroup() as tasks:
                 admin = self._admin()
@@ -119,6 +126,7 @@ class Supervisor:
                 if admin is not None:
                     admin.should_exit = True
                     admin.cut()
+            await store.aclose()
             for slot in self._slots:
                 slot.admin_socket.close()
         if self._deadline is not None:
@@ -174,7 +182,7 @@ class Supervisor:
                 slot.reason = f"cannot run {sys.executable}: {error.strerror or error}"
                 return "could not be started"
         reader, slot.writer = await asyncio.open_connection(sock=ours)
-        slot.tell(control.Begin(os.getpid(), self._settings))
+        slot.tell(control.Begin(os.getpid(), self._settings, self._store_path))
         if self._stopping.is_set():  # since the process was asked for
             slot.tell(control.Stop(graceful=False))
         try:

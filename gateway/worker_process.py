@@ -18,6 +18,7 @@ from gateway.admin import admin_app, private_app
 from gateway.config import Settings
 from gateway.logs import log_loop_problem
 from gateway.reload import Reloader
+from gateway.store.remote import RemoteStore
 from gateway.worker import StartError, Worker
 
 logger = logging.getLogger("tidegate")
@@ -78,7 +79,12 @@ def serve_supervised(index: int, fds: Sequence[int]) -> int:
             return 1
         tie_to(begin.parent_pid)
         worker = Worker(
-            begin.settings, sockets=sockets, admin_sockets=[admin], build_admin=lambda s: private_app([s]), index=index
+            begin.settings,
+            sockets=sockets,
+            admin_sockets=[admin],
+            build_admin=lambda source: private_app([source]),
+            index=index,
+            store=RemoteStore(begin.store_path),
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: worker.stop(graceful=True))
