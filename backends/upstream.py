@@ -11,10 +11,13 @@ import logging
 from collections.abc import Sequence
 
 from backends.dialects import Dialect
+from backends.dialects.protocol import Adapter, EngineInfo
 from backends.errors import UpstreamError
 from backends.http1 import Headers
 from backends.origin import Origin
 from backends.pool import ConnectionPool
+from backends.side import SideChannel
+from backends.signals import Signals
 from backends.ticker import Ticker
 from routing.types import Replica
 
@@ -34,14 +37,29 @@ class Upstream:
         *,
         origin: str,
         path_prefix: str = "",
-        api_key: str | None = None,
+        headers: Sequence[tuple[str, str]] = (),
+        hosted: bool = False,
         max_connections: int,
         idle_s: float,
         connect_timeout_s: float,
+        side_timeout_s: float = 5.0,
         ticker: Ticker,
     ) -> None:
+        """`headers` go with every request, the credential among them."""
         self.replica = replica
         self.dialect = dialect
+        self.hosted = hosted
+        self.model: str | None = None
+        """The name it knows its model by; None leaves that to the model's route."""
+        self.adapters: tuple[Adapter, ...] = ()
+        """What the replica said it holds; empty until it was asked."""
+        self.configured_adapters: tuple[Adapter, ...] = ()
+        """Those of the configuration, for engines that list none and want to be told the path each time."""
+        self.info: EngineInfo | None = None
+        """What it said it is; None until it was asked."""
+        self.counts_work = False
+        """Whether its load reports have counters of the work it does, so that silence need not mean that it hangs."""
+        self.signals = Signals(replica.name)
         address = Origin.parse(origin)
         self.pool = ConnectionPool(
             address,
@@ -50,14 +68,17 @@ class Upstream:
             connect_timeout_s=connect_timeout_s,
             ticker=ticker,
         )
+        self.side = SideChannel(
+            origin=origin, path_prefix=path_prefix, headers=headers, timeout_s=side_timeout_s, ticker=ticker
+        )
         self._path_prefix = path_prefix.encode()
         self._fixed = b"host: %b\r\nuser-agent: %b\r\naccept-encoding: identity\r\n" % (
             address.host_header,
             _USER_AGENT,
         )
         self._fixed += b"content-type: application/json\r\n"
-        if api_key is not None:
-            self._fixed += b"authorization: Bearer %b\r\n" % api_key.encode("latin-1")
+        for name, value in headers:
+            self._fixed += b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1"))
         self._heads: dict[str, bytes] = {}
 
     def request(
@@ -73,6 +94,13 @@ class Upstream:
             b"%bx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n" % (head, request_id.encode(), len(body), extra),
             body,
         ]
+
+    def check_progress(self, engine_progressed: bool, now: float) -> None:
+        """Look for progress on the requests whose silence would mean something; about once a second."""
+        replica = self.replica
+        replica.health.checked_progress(
+            replica.in_flight if self.counts_work else replica.streams, engine_progressed, now
+        )
 
     async def abort(self, request_id: str) -> None:
         """Tell the engine to stop a request, where it can be told. Best effort: failure is logged, not raised."""
@@ -90,6 +118,15 @@ class Upstream:
             )
         except UpstreamError as error:
             logger.debug("abort of %s was not delivered: %s", request_id, error)
+
+    def close_when_idle(self) -> None:
+        """Take no new request; close each connection as soon as it is free."""
+        self.pool.close_when_idle()
+
+    async def aclose(self) -> None:
+        """Close every connection now."""
+        await self.pool.aclose(force=True)
+        await self.side.aclose()
 
 
 class _Ignored:

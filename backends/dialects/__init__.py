@@ -1,32 +1,38 @@
-"""How each engine's wire format differs from plain OpenAI, one module per engine.
-
-A dialect says which top-level values of the body to set (they are spliced into the caller's bytes) and how a running
-request is aborted. Health, load and adapters join this protocol with the issue that reads them.
-"""
+"""How each engine differs from plain OpenAI, one module per engine. `protocol` says what a dialect is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
 
-from backends.dialects import llamacpp, openai, sglang, vllm
+from backends.dialects import (
+    anthropic,
+    azure,
+    baseten,
+    deepseek,
+    llamacpp,
+    lmdeploy,
+    openai,
+    openrouter,
+    sglang,
+    trtllm,
+    vllm,
+)
+from backends.dialects.protocol import Dialect
 
-
-class Dialect(Protocol):
-    """One engine's way of speaking."""
-
-    name: str
-
-    def body_values(self, path: str, fields: Mapping[str, Any], request_id: str) -> dict[str, bytes]:
-        """Top-level values to set, as JSON text. `fields` is the caller's body, not to be changed."""
-        ...
-
-    def abort_request(self, request_id: str) -> tuple[str, bytes] | None:
-        """Path and JSON body of the POST that stops a running request; None when closing the connection must do."""
-        ...
-
-
-DIALECTS: Mapping[str, Dialect] = {
-    dialect.name: dialect for dialect in (openai.OpenAI(), sglang.SGLang(), vllm.VLLM(), llamacpp.LlamaCpp())
-}
+_ALL: tuple[Dialect, ...] = (
+    sglang.SGLang(),
+    vllm.VLLM(),
+    trtllm.TrtLlm(),
+    lmdeploy.LmDeploy(),
+    llamacpp.LlamaCpp(),
+    openai.OpenAI(),
+    azure.Azure(),
+    deepseek.DeepSeek(),
+    openrouter.OpenRouter(),
+    baseten.Baseten(),
+    anthropic.Anthropic(),
+)
+DIALECTS: Mapping[str, Dialect] = {dialect.name: dialect for dialect in _ALL}
 """By the `engine` of the configuration."""
+
+__all__ = ["DIALECTS", "Dialect"]
