@@ -1,4 +1,4 @@
-"""The operators' listener: metrics in Prometheus' format, the state of the fleet and usage records as JSON.
+"""The operators' listener: metrics in Prometheus' format; the state of the fleet, usage records and commands as JSON.
 
 Nothing is answered without the owner's token, `/metrics` on a loopback address excepted. The check stands in front of
 the router, so that a route that is added later, or a path that does not exist, is closed as well.
@@ -6,14 +6,12 @@ the router, so that a route that is added later, or a path that does not exist, 
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import merge
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -27,14 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.config.values import is_loopback
 from gateway.error_replies import ERROR_HANDLERS, error_response
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.sources import WORKER_UP, Silent, Source
+from gateway.operations import Operations, json_response
+from gateway.sources import WORKER_UP, Source, ask_all
 
 DEFAULT_RECORDS = 100
 MAX_RECORDS = 1000
 """What a worker keeps in memory."""
 METRICS_PATH = "/metrics"
-
-T = TypeVar("T")
 
 
 class Unauthorized(InvalidRequest):
@@ -63,6 +60,7 @@ def private_app(sources: Sequence[Source]) -> Starlette:
             Route(METRICS_PATH, admin.metrics, methods=["GET"]),
             Route("/admin/fleet", admin.fleet, methods=["GET"]),
             Route("/admin/usage", admin.usage, methods=["GET"]),
+            *Operations(sources).routes(),
         ],
         exception_handlers=ERROR_HANDLERS,
     )
@@ -136,32 +134,21 @@ class _Admin:
         self._sources = sources
 
     async def metrics(self, request: Request) -> Response:
-        answers = await self._ask(lambda source: source.metrics())
+        answers = await ask_all(self._sources, lambda source: source.metrics())
         registry = CollectorRegistry()
         registry.register(_Families(merged(answers)))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def fleet(self, request: Request) -> Response:
-        answers = await self._ask(lambda source: source.fleet())
-        return _json({"workers": [state or {"worker": index, "up": False} for index, state in answers]})
+        answers = await ask_all(self._sources, lambda source: source.fleet())
+        return json_response({"workers": [state or {"worker": index, "up": False} for index, state in answers]})
 
     async def usage(self, request: Request) -> Response:
         limit = _limit(request.query_params.get("limit"))
-        answers = await self._ask(lambda source: source.usage(limit))
+        answers = await ask_all(self._sources, lambda source: source.usage(limit))
         # Merged, not sorted: times are rounded in a record, but each worker has its own in the right order.
         records = merge(*(records or () for _, records in answers), key=_settled_at, reverse=True)
-        return _json({"data": list(islice(records, limit))})
-
-    async def _ask(self, question: Callable[[Source], Coroutine[Any, Any, T]]) -> list[tuple[int, T | None]]:
-        """Every worker's answer, by its number; None for one that did not give any."""
-
-        async def one(source: Source) -> tuple[int, T | None]:
-            try:
-                return source.index, await question(source)
-            except Silent:
-                return source.index, None
-
-        return await asyncio.gather(*(one(source) for source in self._sources))
+        return json_response({"data": list(islice(records, limit))})
 
 
 class _Families(Collector):
@@ -199,7 +186,3 @@ def _limit(text: str | None) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_RECORDS and len(text) < 9):
         raise InvalidRequest(f"limit must be a whole number from 1 to {MAX_RECORDS}.", param="limit")
     return int(text)
-
-
-def _json(content: dict[str, Any]) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json", headers={"cache-control": "no-store"})

@@ -76,13 +76,13 @@ class _Api:
 
     async def models(self, request: Request) -> Response:
         fleet = self._runtime.fleet
-        listed = [_model_object(name, route, fleet.created_unix_s) for name, route in fleet.models.items()]
+        listed = [_model_object(name, route, fleet.created_unix_s) for name, route in fleet.listed()]
         return _json({"object": "list", "data": listed})
 
     async def model(self, request: Request) -> Response:
         fleet = self._runtime.fleet
         name = request.path_params["model"]
-        route = fleet.models.get(name)
+        route = fleet.route(name)
         if route is None:
             raise ModelNotFound(
                 f"The model {name[:200]!r} does not exist here; GET /v1/models lists them.", param="model"

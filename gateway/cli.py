@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(options.file, options.json, _settings_environ(os.environ))
         case "health":
             return _health(options, os.environ)
+        case "replicas" | "drain" | "undrain" | "adapters":
+            from gateway import operate
+
+            return operate.run(options, os.environ)
         case _ if options.worker_fds is not None:
             from gateway.worker_process import serve_supervised
 
@@ -70,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--url", help="where it is, e.g. http://127.0.0.1:7400 or http+unix://%%2Frun%%2Ftidegate.sock")
     where.add_argument("--config", type=Path, metavar="FILE", help="the file it serves, to learn where it is")
     health.add_argument("--timeout", type=_seconds, default=3.0, metavar="S", help="seconds to wait (default 3)")
+    _operators_options(commands)
     commands.add_parser("schema", help="print the JSON Schema of the configuration file")
     shown = commands.add_parser("version", help="print the version")
     shown.add_argument("--json", action="store_true", help="report as JSON")
@@ -89,6 +94,43 @@ def _serve_options(serve: argparse.ArgumentParser) -> None:
     # How the supervisor starts its workers.
     serve.add_argument("--worker-index", type=int, default=0, help=argparse.SUPPRESS)
     serve.add_argument("--worker-fds", type=_descriptors, help=argparse.SUPPRESS)
+
+
+def _operators_options(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that `gateway.operate` carries out."""
+    of_admin = argparse.ArgumentParser(add_help=False)
+    where = of_admin.add_mutually_exclusive_group()
+    where.add_argument("--url", help="where its admin listener is, e.g. http://127.0.0.1:7401")
+    where.add_argument("--config", type=Path, metavar="FILE", help="the file it serves, to learn where that is")
+    of_admin.add_argument("--token-file", type=Path, metavar="FILE", help="the owner token, if it is in another file")
+    of_admin.add_argument("--json", action="store_true", help="report as JSON")
+    commands.add_parser("replicas", parents=[of_admin], help="show the replicas of a running gateway")
+    drain = commands.add_parser("drain", parents=[of_admin], help="give a replica no new work")
+    drain.add_argument("replica", type=_replica, metavar="POOL/REPLICA")
+    drain.add_argument(
+        "--wait", nargs="?", type=_seconds, const=float("inf"), metavar="S", help="until it is empty, at most S seconds"
+    )
+    drain.add_argument("--force", action="store_true", help="also if it is the last of its pool that takes work")
+    undrain = commands.add_parser("undrain", parents=[of_admin], help="give a drained replica work again")
+    undrain.add_argument("replica", type=_replica, metavar="POOL/REPLICA")
+    adapters = commands.add_parser("adapters", help="show, load and unload LoRA adapters")
+    actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
+    shown = actions.add_parser("list", parents=[of_admin], help="show what the replicas hold")
+    shown.add_argument("--pool", metavar="POOL", help="only of this pool")
+    for action, text in (("load", "load one while the engines run"), ("unload", "drop one")):
+        changed = actions.add_parser(action, parents=[of_admin], help=text)
+        changed.add_argument("pool", metavar="POOL")
+        changed.add_argument("name", metavar="NAME")
+        if action == "load":
+            changed.add_argument("path", metavar="PATH", help="path or hub name that the engines can read")
+        changed.add_argument("--replica", metavar="REPLICA", help="only at this one")
+
+
+def _replica(text: str) -> tuple[str, str]:
+    pool, slash, replica = text.partition("/")
+    if not (pool and slash and replica) or "/" in replica:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form POOL/REPLICA; tidegate replicas lists them")
+    return pool, replica
 
 
 def _workers(text: str) -> int:

@@ -11,16 +11,10 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 
-from backends.errors import (
-    ConnectFailed,
-    ConnectTimeout,
-    Disconnected,
-    HeadTimeout,
-    IdleTimeout,
-    ProtocolViolation,
-    UpstreamError,
-)
+from backends.dialects.protocol import Untranslatable, Wish
+from backends.errors import HeadTimeout, IdleTimeout, UpstreamError
 from backends.http1 import Connection
 from backends.upstream import Upstream
 from gateway import usage
@@ -28,23 +22,25 @@ from gateway.errors import (
     Draining,
     GatewayError,
     InternalError,
+    InvalidRequest,
     NoReplicaAvailable,
     StreamInterrupted,
     UpstreamFailed,
     UpstreamTimeout,
 )
-from gateway.order import Call, Order, read_order
+from gateway.order import EMBEDDINGS, Call, Order, read_order
 from gateway.record import Exchange, Outcome
 from gateway.relay import Relay, UpstreamReply
 from gateway.reply import Headers, Reply
 from gateway.runtime import Runtime
-from gateway.upstream_errors import from_connection, from_status
+from gateway.upstream_errors import error_in_answer
+from gateway.verdict import Again, Verdict, of_connection, of_relay, of_reply, refused_field
 from routing.types import Decision, Replica
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""How often a request is sent or a connection waited for in vain. Replicas that refuse at once do not count."""
+"""How often a request is sent or a connection waited for in vain. Replicas that are not even there do not count."""
 _STANDING: Headers = [(b"x-tidegate-queue-ms", b"0"), (b"x-tidegate-store", b"memory")]
 """True of every reply for now: nothing queues here yet, and there is one kind of store."""
 POOL_WAIT_S = 1.0
@@ -77,50 +73,108 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
 
 async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange: Exchange, runtime: Runtime) -> None:
     """Try replicas until one answers; write its answer."""
+    pool = order.route.pool
     tried: list[Replica] = []
-    last: UpstreamError | None = None
-    refused = 0
+    last: GatewayError | None = None
+    counted = 0
+    worked_on = False
     while True:
         now = time.monotonic()
         if now - exchange.started_at >= order.total_s:
             raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.")
-        decision = runtime.policy.decide(order.request, order.route.pool.replicas, now, tried)
+        decision = runtime.policy.decide(order.request, pool.replicas, now, tried)
         replica = decision.replica
-        if replica is None or exchange.attempts - refused >= MAX_ATTEMPTS:
-            raise _none_left(decision, last)
+        if replica is None or counted >= MAX_ATTEMPTS:
+            raise last or _none_left(decision)
+        upstream = pool.upstreams[replica]
         with replica.reserve(order.request):
             exchange.attempts += 1
             _note_choice(exchange, replica, decision)
             if exchange.stream:
                 relay.headers = _headers(exchange, [(b"content-type", b"text/event-stream; charset=utf-8")])
-            try:
-                whole = await _attempt(call, order, relay, replica, runtime)
-            except UpstreamError as error:
-                last = error
-                _judge(error, replica, tried)
-                refused += isinstance(error, ConnectFailed) and not isinstance(error, ConnectTimeout)
-                continue
-            replica.cooldown.succeeded()
-        if whole is None:
-            reply.finish()
-        else:
-            _write_whole(whole, reply, exchange)
-        exchange.outcome = Outcome.COMPLETED
-        return
+            whole, verdict = await _attempt(call, order, relay, upstream, runtime)
+        if verdict is None:
+            if whole is None:
+                reply.finish()
+            else:
+                runtime.witness.answered(replica, pool.replicas)
+                _write_whole(whole, upstream, reply, exchange)
+            used = exchange.usage if relay.reader is None else relay.reader.usage
+            if used is not None and call.path != EMBEDDINGS:
+                upstream.signals.saw_usage(used.cached_tokens)
+            exchange.outcome = Outcome.COMPLETED
+            return
+        runtime.witness.failed(replica, pool.replicas, verdict)
+        last = verdict.error
+        counted += verdict.again is not Again.UNCOUNTED
+        if verdict.again is Again.NEVER or relay.started_content or (worked_on and verdict.again is Again.ONCE):
+            raise last
+        worked_on |= verdict.again is Again.ONCE
+        if verdict.again is not Again.ANYWHERE:
+            tried.append(replica)
 
 
-async def _attempt(call: Call, order: Order, relay: Relay, replica: Replica, runtime: Runtime) -> UpstreamReply | None:
-    """Send the request to one replica and relay its answer; tell the engine when it is given up."""
-    upstream = order.route.pool.upstreams[replica]
-    values = upstream.dialect.body_values(call.path, order.body.fields, order.request.id)
-    data = upstream.request(call.path, order.body_for(call.path, values), order.request.id, order.passed_on)
-    connection = upstream.pool.acquire_nowait() or await _connect(upstream, order, relay.exchange)
+async def _attempt(
+    call: Call, order: Order, relay: Relay, upstream: Upstream, runtime: Runtime
+) -> tuple[UpstreamReply | None, Verdict | None]:
+    """One replica's answer, or the verdict on why there is none."""
     try:
-        return await relay.attempt(connection, data)
-    except (asyncio.CancelledError, UpstreamTimeout, Draining, HeadTimeout, IdleTimeout):
-        if not relay.completed:
-            runtime.abort(upstream, order.request.id)
-        raise
+        whole = await _ask(call, order, relay, upstream, runtime)
+    except UpstreamError as error:
+        return None, of_connection(error, upstream.hosted)
+    except Untranslatable as error:
+        raise InvalidRequest(str(error), param=error.param, code="unsupported_parameter") from error
+    except GatewayError as error:
+        return None, of_relay(error, upstream)
+    if whole is not None:
+        if not whole.answers:
+            return None, of_reply(whole, upstream)
+        said = error_in_answer(whole.body) if call.path != EMBEDDINGS else None
+        if said is not None:
+            return None, of_relay(said, upstream)
+    return whole, None
+
+
+async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runtime: Runtime) -> UpstreamReply | None:
+    """Send the request to one replica and relay its answer; tell the engine when it is given up.
+
+    A server that refuses a field which the gateway has added is asked once more without it.
+    """
+    dialect = upstream.dialect
+    wish = Wish(
+        path=call.path,
+        fields=order.body.fields,
+        request_id=order.request.id,
+        stream=order.request.stream,
+        model=upstream.model or order.route.upstream_model,
+        adapter=order.route.adapter,
+        adapters=upstream.adapters or upstream.configured_adapters,
+        dp_rank=upstream.replica.dp_rank,
+    )
+    while True:
+        prepared = dialect.prepare(wish)
+        values = prepared.values
+        for name in upstream.signals.refused_fields:
+            values.pop(name, None)
+        body = order.body.with_values(values) if prepared.body is None else prepared.body
+        data = upstream.request(prepared.path, body, order.request.id, order.passed_on)
+        connection = upstream.pool.acquire_nowait() or await _connect(upstream, order, relay.exchange)
+        try:
+            whole = await relay.attempt(
+                connection,
+                data,
+                replica=upstream.replica,
+                translation=prepared.translation,
+                read_usage=dialect.read_usage,
+            )
+        except (asyncio.CancelledError, UpstreamTimeout, Draining, HeadTimeout, IdleTimeout):
+            if not relay.completed:
+                runtime.abort(upstream, order.request.id)
+            raise
+        refused = refused_field(whole, values, order.body.fields)
+        if refused is None:
+            return whole
+        upstream.signals.refuses_field(refused, f"it answered {whole.status if whole else 0}")
 
 
 async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Connection:
@@ -135,37 +189,11 @@ async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Conn
         raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.") from error
 
 
-def _judge(error: UpstreamError, replica: Replica, tried: list[Replica]) -> None:
-    """Decide what a broken connection means: return to have another attempt made, or raise what the client gets.
-
-    Refused connections are tried elsewhere at once, since nothing was sent. A kept-alive connection that died without
-    a byte of answer gets another attempt, on any replica: that is the keep-alive race, not a failure. Anything else
-    may have been worked on, and is not repeated. Slowness is no mark against a replica: it may be a long prefill.
-    """
-    if isinstance(error, Disconnected) and error.retry_safe:
-        return
-    if isinstance(error, ConnectFailed):
-        _mark(replica, error)
-        tried.append(replica)
-        return
-    if isinstance(error, Disconnected | ProtocolViolation):
-        _mark(replica, error)
-    raise from_connection(error)
-
-
-def _mark(replica: Replica, error: UpstreamError) -> None:
-    """Leave the replica alone for a moment. Logged once for each such pause, however many requests run into it."""
-    now = time.monotonic()
-    if not replica.cooldown.active(now):
-        logger.warning("replica %s fails: %s", replica.name, error)
-    replica.cooldown.failed(now)
-
-
-def _none_left(decision: Decision, last: UpstreamError | None) -> GatewayError:
+def _none_left(decision: Decision) -> GatewayError:
     """The error for a request that no replica can take, with the reasons counted."""
-    if last is not None:
-        return from_connection(last)
     reasons = [each.reason for each in decision.excluded]
+    if reasons and set(reasons) == {"credential_refused"}:
+        return UpstreamFailed("The model servers refuse the gateway's own credential.", code="upstream_auth_failed")
     counted = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
     if reasons and set(reasons) == {"region"}:
         refused = NoReplicaAvailable("No replica of this model is in the region asked for.", param="x-tidegate-region")
@@ -190,6 +218,7 @@ def _relay(order: Order, exchange: Exchange, reply: Reply, runtime: Runtime) -> 
         hide_usage=order.hide_usage,
         max_event_bytes=runtime.settings.stream.max_event_bytes,
         max_response_bytes=order.route.pool.settings.max_response_bytes,
+        answered=partial(runtime.witness.answered, pool=order.route.pool.replicas),
     )
 
 
@@ -223,24 +252,22 @@ def _headers(exchange: Exchange, content: Headers) -> Headers:
     return headers
 
 
-def _write_whole(whole: UpstreamReply, reply: Reply, exchange: Exchange) -> None:
-    """Pass on a reply that was collected whole, or raise the error it stands for."""
-    if not whole.answers:
-        raise from_status(whole.status, whole.headers, whole.body, time.time())
+def _write_whole(whole: UpstreamReply, upstream: Upstream, reply: Reply, exchange: Exchange) -> None:
+    """Pass on an answer that was collected whole."""
     if reply.started:
         # The hold ran out and the client is reading a stream; a plain body cannot follow.
         raise StreamInterrupted("The model server answered a streaming request without a stream.")
     if exchange.stream and not whole.body:
         raise UpstreamFailed("The model server answered a streaming request with nothing.", code="upstream_truncated")
-    _note_whole(exchange, whole)
+    _note_whole(exchange, whole, upstream)
     content_type = dict(whole.headers).get(b"content-type", b"application/json")
     reply.send(whole.status, _headers(exchange, [(b"content-type", content_type)]), whole.body)
 
 
-def _note_whole(exchange: Exchange, whole: UpstreamReply) -> None:
+def _note_whole(exchange: Exchange, whole: UpstreamReply, upstream: Upstream) -> None:
     exchange.status = whole.status
     exchange.response_bytes = len(whole.body)
-    exchange.usage = usage.from_whole(whole.body)
+    exchange.usage = usage.from_whole(whole.body, upstream.dialect.read_usage)
 
 
 def _note_departure(exchange: Exchange, relay: Relay | None) -> None:
@@ -252,7 +279,9 @@ def _note_departure(exchange: Exchange, relay: Relay | None) -> None:
         exchange.outcome = Outcome.COMPLETED
     elif relay.whole.answers:
         exchange.outcome = Outcome.COMPLETED
-        _note_whole(exchange, relay.whole)
+        exchange.status = relay.whole.status
+        exchange.response_bytes = len(relay.whole.body)
+        exchange.usage = usage.from_whole(relay.whole.body, relay.read_usage)
 
 
 def _refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exchange) -> None:

@@ -6,17 +6,20 @@ both keep their identity, so that their in-flight counts and cool-downs stay tru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-
-import msgspec
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from random import Random
 
 from backends.dialects import DIALECTS
+from backends.dialects.protocol import Adapter, Dialect
 from backends.ticker import Ticker
 from backends.upstream import Upstream
 from gateway.config import Backend, Price, Settings
 from gateway.config import Replica as ReplicaSettings
 from gateway.relay import Timing
+from routing.credential import Credential
+from routing.ejection import Rules
+from routing.health import Health
 from routing.types import Replica
 
 
@@ -28,6 +31,18 @@ class Pool:
     settings: Backend
     replicas: tuple[Replica, ...]
     upstreams: Mapping[Replica, Upstream]
+    reserved: frozenset[str]
+    """Body fields that clients may not set: those of all its engines together."""
+    credential: Credential
+    """The state of the key that its replicas share."""
+
+    def knows_adapter(self, name: str) -> bool:
+        """Whether the configuration or any replica knows a LoRA adapter of this name."""
+        return any(each.name == name for each in self.settings.adapters) or name in self.resident_adapters()
+
+    def resident_adapters(self) -> frozenset[str]:
+        """The LoRA adapters that some replica holds, as far as the engines say."""
+        return frozenset[str]().union(*(replica.adapters for replica in self.replicas if replica.adapters is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +51,10 @@ class ModelRoute:
 
     name: str
     pool: Pool
-    upstream_model: bytes | None
-    """The name to send upstream, as JSON text; None sends the caller's own."""
+    upstream_model: str | None
+    """The name to send upstream; None sends the caller's own."""
+    adapter: str | None
+    """LoRA adapter that answers; None: the base model."""
     timing: Timing
     connect_s: float
     price: Price | None
@@ -51,6 +68,40 @@ class Fleet:
     models: Mapping[str, ModelRoute]
     created_unix_s: int
     """When this snapshot was made; OpenAI's model objects want a date."""
+    _adapter_routes: dict[str, ModelRoute] = field(default_factory=dict)
+
+    def route(self, name: str) -> ModelRoute | None:
+        """What a client means by this name; None when it is no model, nor a model with an adapter."""
+        return self.models.get(name) or self._adapter_route(name)
+
+    def listed(self) -> Iterator[tuple[str, ModelRoute]]:
+        """Every name a client can use, adapters that some replica holds included; aliases stand without them."""
+        yield from self.models.items()
+        for name, route in self.models.items():
+            if route.adapter is None and name == route.name:
+                for adapter in sorted(route.pool.resident_adapters()):
+                    yield f"{name}:{adapter}", route
+
+    def _adapter_route(self, name: str) -> ModelRoute | None:
+        """The route for `<model>:<adapter>`, if there is such a model and its pool knows such an adapter.
+
+        Names are checked here because engines do not: SGLang answers for an adapter it never heard of from the base
+        model, without a word.
+        """
+        route = self._adapter_routes.get(name)
+        if route is None:
+            model, colon, adapter = name.rpartition(":")
+            base = self.models.get(model) if colon else None
+            if base is None or base.adapter is not None or not base.pool.knows_adapter(adapter):
+                return None
+            route = replace(
+                base,
+                name=f"{base.name}:{adapter}",
+                upstream_model=base.upstream_model or base.name,
+                adapter=adapter,
+            )
+            self._adapter_routes[name] = route
+        return route if route.adapter is not None and route.pool.knows_adapter(route.adapter) else None
 
     def upstreams(self) -> Iterable[Upstream]:
         for pool in self.pools.values():
@@ -67,7 +118,9 @@ def build_fleet(settings: Settings, ticker: Ticker, now_unix_s: float, previous:
         route = ModelRoute(
             name=name,
             pool=pools[model.backend],
-            upstream_model=None if model.upstream_model is None else msgspec.json.encode(model.upstream_model),
+            # An adapter's request names the base model, which the caller's own name is not.
+            upstream_model=model.upstream_model or (name if model.adapter is not None else None),
+            adapter=model.adapter,
             timing=Timing(
                 first_token_s=timeouts.first_token_s,
                 idle_s=timeouts.idle_s,
@@ -84,41 +137,81 @@ def build_fleet(settings: Settings, ticker: Ticker, now_unix_s: float, previous:
 
 
 def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) -> Pool:
-    old = {} if previous is None else {replica.url: replica for replica in previous.replicas}
+    old = {} if previous is None else {(replica.url, replica.dp_rank): replica for replica in previous.replicas}
+    same_client = previous is not None and _client(previous.settings) == _client(backend)
+    credential = Credential() if previous is None or not same_client else previous.credential
+    rules = _rules(backend)
     upstreams: dict[Replica, Upstream] = {}
     for entry in backend.replicas:
-        replica = old.get(entry.url) or Replica(entry.name, name, entry.url, backend.engine)
+        engine = entry.engine or backend.engine
+        replica = old.get((entry.url, entry.dp_rank)) or Replica(
+            entry.name, name, entry.url, engine, health=Health(rules, Random())
+        )
+        unchanged = same_client and replica.engine == engine
         replica.name = entry.name
-        replica.engine = backend.engine
+        replica.engine = engine
         replica.region = entry.region
         replica.weight = entry.weight
         replica.max_in_flight = entry.max_in_flight
-        if previous is not None and replica in previous.upstreams and _same_client(previous.settings, backend):
-            upstreams[replica] = previous.upstreams[replica]
-        else:
-            upstreams[replica] = _upstream(replica, entry, backend, ticker)
-    return Pool(name, backend, tuple(upstreams), upstreams)
+        replica.dp_rank = entry.dp_rank
+        replica.credential = credential if backend.api_key is not None else None
+        replica.health.rules = rules
+        kept = None if previous is None or not unchanged else previous.upstreams.get(replica)
+        if kept is None:
+            kept = _upstream(replica, entry, backend, DIALECTS[engine], ticker)
+        kept.model = entry.upstream_model
+        kept.configured_adapters = tuple(Adapter(each.name, each.path) for each in backend.adapters)
+        upstreams[replica] = kept
+    reserved = frozenset[str]().union(*(upstream.dialect.reserved for upstream in upstreams.values()))
+    return Pool(name, backend, tuple(upstreams), upstreams, reserved, credential)
 
 
-def _same_client(old: Backend, new: Backend) -> bool:
-    """Whether a client made for `old` serves `new` as well."""
-    return (
-        old.engine == new.engine
-        and old.api_key == new.api_key
-        and old.connections == new.connections
-        and old.timeouts.connect_s == new.timeouts.connect_s
+def _rules(backend: Backend) -> Rules:
+    health = backend.health
+    return Rules(
+        consecutive=health.eject_after,
+        ratio=health.failure_ratio,
+        ejection_s=health.ejection_s,
+        slow_start_s=health.slow_start_s,
+        stall_s=health.stall_s,
     )
 
 
-def _upstream(replica: Replica, entry: ReplicaSettings, backend: Backend, ticker: Ticker) -> Upstream:
+def _client(backend: Backend) -> object:
+    """Everything that a replica's client is made from; equal means that it can be kept."""
+    return (
+        backend.api_key,
+        backend.key_header,
+        backend.headers,
+        backend.hosted,
+        backend.connections,
+        backend.timeouts.connect_s,
+        backend.health.timeout_s,
+    )
+
+
+def _upstream(replica: Replica, entry: ReplicaSettings, backend: Backend, dialect: Dialect, ticker: Ticker) -> Upstream:
     return Upstream(
         replica,
-        DIALECTS[backend.engine],
+        dialect,
         origin=entry.origin,
         path_prefix=entry.path_prefix,
-        api_key=None if backend.api_key is None else backend.api_key.get_secret_value(),
+        headers=_headers(backend, dialect),
+        hosted=dialect.hosted if backend.hosted is None else backend.hosted,
         max_connections=backend.connections.max,
         idle_s=backend.connections.idle_s,
         connect_timeout_s=backend.timeouts.connect_s,
+        side_timeout_s=backend.health.timeout_s,
         ticker=ticker,
     )
+
+
+def _headers(backend: Backend, dialect: Dialect) -> list[tuple[str, str]]:
+    key = None if backend.api_key is None else backend.api_key.get_secret_value()
+    if key is None or backend.key_header is None:
+        fields = dict(dialect.head_fields(key))
+    else:
+        fields = dict(dialect.head_fields(None))
+        fields[backend.key_header.name.lower()] = f"{backend.key_header.scheme} {key}".strip()
+    # The operator's own come last: `anthropic-version` can be set to another than the dialect's.
+    return list({**fields, **backend.headers}.items())

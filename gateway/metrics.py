@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from gateway.record import Exchange
+from gateway.watch.witness import Witness
+from routing.load import Load
 from routing.types import Replica
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -89,7 +91,7 @@ class Metrics:
         used = exchange.usage
         if used is not None:
             counts.prompt_tokens += used.prompt_tokens
-            counts.cached_tokens += used.cached_tokens
+            counts.cached_tokens += used.cached_tokens or 0
             counts.completion_tokens += used.completion_tokens
         if exchange.cost_usd is not None:
             counts.cost_usd += exchange.cost_usd
@@ -162,11 +164,64 @@ def replica_families(replicas: Sequence[Replica], now: float) -> Iterator[Metric
     available = GaugeMetricFamily(
         "tidegate_replica_available", "1 when the replica may be chosen.", labels=["pool", "replica"]
     )
+    state = GaugeMetricFamily(
+        "tidegate_replica_health", "1 for the state of health the replica is in.", labels=["pool", "replica", "state"]
+    )
+    draining = GaugeMetricFamily(
+        "tidegate_replica_draining", "1 when an operator has the replica drained.", labels=["pool", "replica"]
+    )
     for replica in replicas:
-        in_flight.add_metric([replica.pool, replica.name], replica.in_flight)
-        available.add_metric([replica.pool, replica.name], float(replica.available(now)))
+        labels = [replica.pool, replica.name]
+        in_flight.add_metric(labels, replica.in_flight)
+        available.add_metric(labels, float(replica.available(now)))
+        state.add_metric([*labels, replica.health.state(now).value], 1.0)
+        draining.add_metric(labels, float(replica.draining))
     yield in_flight
     yield available
+    yield state
+    yield draining
+    yield from _load_families(replicas)
+
+
+def _load_families(replicas: Sequence[Replica]) -> Iterator[Metric]:
+    """What engines last said of themselves; a replica that does not say is left out."""
+    gauges: tuple[tuple[str, str, Callable[[Load], float | None]], ...] = (
+        ("tidegate_engine_running", "Requests the engine runs, by its own account.", lambda load: load.running),
+        ("tidegate_engine_waiting", "Requests the engine holds in its queue.", lambda load: load.waiting),
+        ("tidegate_engine_kv_use_ratio", "Share of the KV cache in use by running requests.", lambda load: load.kv_use),
+        (
+            "tidegate_engine_prefill_seconds_per_token",
+            "Time per uncached prompt token, from the engine's own counters.",
+            lambda load: None if load.prefill_us_per_token is None else load.prefill_us_per_token / 1e6,
+        ),
+    )
+    for name, text, pick in gauges:
+        family = GaugeMetricFamily(name, text, labels=["pool", "replica"])
+        for replica in replicas:
+            value = None if replica.load is None else pick(replica.load)
+            if value is not None:
+                family.add_metric([replica.pool, replica.name], value)
+        yield family
+
+
+def health_families(witness: Witness) -> Iterator[Metric]:
+    """What was seen of the replicas' health."""
+    changes = CounterMetricFamily(
+        "tidegate_replica_changes",
+        "Changes of a replica's health: ejected, spared (should be, but half of its pool is), unreachable, recovered.",
+        labels=["pool", "replica", "change"],
+    )
+    for labels, count in list(witness.changes.items()):
+        changes.add_metric(labels, count)
+    yield changes
+    evidence = CounterMetricFamily(
+        "tidegate_attempts_unanswered",
+        "Attempts that ended without an answer, by what they showed of the replica.",
+        labels=["pool", "replica", "evidence"],
+    )
+    for labels, count in list(witness.evidence.items()):
+        evidence.add_metric(labels, count)
+    yield evidence
 
 
 def process_families(

@@ -47,18 +47,14 @@ class Order(msgspec.Struct, frozen=True):
     total_s: float
     passed_on: list[tuple[bytes, bytes]]
 
-    def body_for(self, path: str, dialect_values: Mapping[str, bytes]) -> bytes:
-        """The bytes to send: the caller's, with the dialect's values and the upstream model name spliced in."""
-        if self.route.upstream_model is None:
-            return self.body.with_values(dialect_values)
-        return self.body.with_values({**dialect_values, "model": self.route.upstream_model})
-
 
 def read_order(call: Call, fleet: Fleet, request_id: str) -> Order:
     """Raises `InvalidRequest` and `ModelNotFound` with the parameter at fault."""
     body = parse(call.body)
     fields = body.fields
     route = _route(fields.get("model"), fleet)
+    if not route.pool.reserved.isdisjoint(fields):
+        _refuse_reserved(route.pool.reserved, fields)
     stream = _flag(fields, "stream") and call.path != EMBEDDINGS
     regions: tuple[str, ...] = ()
     total_s = route.timing.total_s
@@ -73,6 +69,7 @@ def read_order(call: Call, fleet: Fleet, request_id: str) -> Order:
     request = InferenceRequest(
         id=request_id,
         model=route.name,
+        adapter=route.adapter,
         stream=stream,
         prompt_bytes=len(call.body),
         max_output_tokens=_max_tokens(fields),
@@ -86,10 +83,19 @@ def read_order(call: Call, fleet: Fleet, request_id: str) -> Order:
 def _route(model: Any, fleet: Fleet) -> ModelRoute:
     if not isinstance(model, str) or not model:
         raise InvalidRequest("You must name a model, as a string.", param="model", code="missing_model")
-    route = fleet.models.get(model)
+    route = fleet.route(model)
     if route is None:
         raise ModelNotFound(f"The model {model[:200]!r} does not exist here; GET /v1/models lists them.", param="model")
     return route
+
+
+def _refuse_reserved(reserved: frozenset[str], fields: Mapping[str, Any]) -> None:
+    name = next(name for name in fields if name in reserved)
+    raise InvalidRequest(
+        f"{name!r} steers the model server itself; the gateway sets it, and clients may not.",
+        param=name,
+        code="reserved_parameter",
+    )
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:

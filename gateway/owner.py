@@ -53,6 +53,16 @@ def stored_token(environ: Mapping[str, str]) -> tuple[SecretStr, Path]:
     return SecretStr(token), path
 
 
+def kept_token(environ: Mapping[str, str]) -> tuple[SecretStr | None, Path]:
+    """The token that is in the state directory, if one is, and its file; makes nothing. Raises `StateError`."""
+    path = state_directory(environ) / TOKEN_FILE
+    try:
+        token = _read(path)
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror or error}") from error
+    return (None if token is None else SecretStr(token)), path
+
+
 def _read(path: Path) -> str | None:
     """The file's token, or None when there is none, or none that may be trusted."""
     try:

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
+from backends.usage import Usage
 from gateway.config import Price
 
 
@@ -34,14 +35,6 @@ class Outcome(StrEnum):
     """Ended by this gateway's own shutdown."""
     INTERNAL = "internal"
     """A defect of Tidegate."""
-
-
-class Usage(msgspec.Struct):
-    """Tokens as the model server reported them."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
 
 
 class Exchange(msgspec.Struct):

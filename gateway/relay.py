@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from backends.errors import HeadTimeout, IdleTimeout, UpstreamError
+from backends.dialects.protocol import Translation, TranslationError
+from backends.errors import Disconnected, HeadTimeout, IdleTimeout, UpstreamError
 from backends.http1 import Connection
+from backends.sse import EventTooLarge
 from backends.ticker import Ticker
 from gateway.errors import GatewayError, StreamInterrupted, UpstreamFailed, UpstreamTimeout, error_event
 from gateway.record import Exchange
 from gateway.reply import Headers, Reply
-from gateway.sse import EventTooLarge, StreamReader
-from gateway.upstream_errors import from_stream_event
+from gateway.sse import ReadUsage, StreamReader, openai_usage
+from gateway.upstream_errors import UpstreamStalled, from_stream_event
+from routing.types import Replica
 
 HEARTBEAT = b": ping\n\n"
 LINGER_S = 0.25
@@ -70,7 +74,9 @@ class Relay:
         hide_usage: bool,
         max_event_bytes: int,
         max_response_bytes: int,
+        answered: Callable[[Replica], None] | None = None,
     ) -> None:
+        """`answered` is told which replica's content is being passed on, when it begins."""
         self.exchange = exchange
         self.reader: StreamReader | None = None
         self.started_content = False
@@ -78,6 +84,8 @@ class Relay:
         """The model server's answer has come whole; in a stream, up to its `[DONE]`."""
         self.whole: UpstreamReply | None = None
         """That answer, unless it is a stream."""
+        self.replica: Replica | None = None
+        """The one that is being tried."""
         self.headers: Headers = []
         """Set by the exchange for each attempt of a streaming request: what the response's head will carry."""
         self._reply = reply
@@ -88,6 +96,7 @@ class Relay:
         self._hide_usage = hide_usage
         self._max_event_bytes = max_event_bytes
         self._max_response_bytes = max_response_bytes
+        self._answered = answered
         self._total_deadline = exchange.started_at + timing.total_s
         self._hold_deadline = exchange.started_at + timing.hold_s
         self._last_write_at = exchange.started_at
@@ -103,6 +112,10 @@ class Relay:
         self._first_token_deadline = 0.0
         self._linger_deadline: float | None = None
         self._interruption: GatewayError | None = None
+        self._translation: Translation | None = None
+        self._assembling = False
+        self.read_usage: ReadUsage = openai_usage
+        self._content_events = 0
 
     def open(self) -> None:
         """Start the deadlines; `close` stops them."""
@@ -114,8 +127,18 @@ class Relay:
         self._reply.on_pause = None
         self._drop_connection()
 
-    async def attempt(self, connection: Connection, data: bytes | list[bytes]) -> UpstreamReply | None:
+    async def attempt(
+        self,
+        connection: Connection,
+        data: bytes | list[bytes],
+        *,
+        replica: Replica,
+        translation: Translation | None = None,
+        read_usage: ReadUsage = openai_usage,
+    ) -> UpstreamReply | None:
         """Send the request; return a whole reply, or None when a stream was relayed to its complete end.
+
+        `translation` turns an engine's own form of a successful answer into OpenAI's.
 
         Raises `UpstreamError` when the connection failed and `GatewayError` for everything else that ended the
         attempt. `started_content` says whether the client has seen any content of it.
@@ -124,6 +147,11 @@ class Relay:
             connection.detach()
             raise self._interruption
         self._connection = connection
+        self.replica = replica
+        self._translation = translation
+        self._assembling = False
+        self.read_usage = read_usage
+        self._content_events = 0
         self._status = 0
         self._body = []
         self._body_bytes = 0
@@ -156,24 +184,42 @@ class Relay:
             # We ask for none; what we cannot read cannot be checked, and the client would not know how to read it.
             self._fail(UpstreamFailed("The model server compressed its answer.", code="upstream_compressed"))
             return
-        if status == 200 and self.exchange.stream and _is_event_stream(headers):
+        if status != 200:
+            self._translation = None  # errors are told apart by `gateway.upstream_errors`
+        elif not _is_event_stream(headers):
+            pass
+        elif self.exchange.stream:
             self.reader = StreamReader(
                 expected_choices=self._expected_choices,
                 hide_usage=self._hide_usage,
                 max_event_bytes=self._max_event_bytes,
+                read_usage=self.read_usage,
             )
+        elif self._translation is not None:
+            self._assembling = True
 
     def on_data(self, data: bytes) -> None:
         reader = self.reader
-        if reader is None:
+        if reader is None and not self._assembling:
             self._collect(data)
             return
-        self._last_data_at = time.monotonic()
+        now = self._last_data_at = time.monotonic()
         try:
+            if self._translation is not None:
+                data = self._translation.feed(data)
+            if reader is None:
+                self._note_progress(now)
+                return
             passed = reader.feed(data)
         except EventTooLarge:
             self._fail(UpstreamFailed(f"The model server sent an event larger than {self._max_event_bytes} bytes."))
             return
+        except TranslationError as error:
+            self._fail(from_stream_event(error.error))
+            return
+        if reader.content_events != self._content_events:  # pings and roles are no progress
+            self._content_events = reader.content_events
+            self._note_progress(now)
         if self.started_content:
             if passed:
                 self._write(passed)
@@ -200,7 +246,7 @@ class Relay:
         reader = self.reader
         self._connection = None
         if reader is None:
-            self._resolve(UpstreamReply(self._status, self._response_headers, b"".join(self._body)))
+            self._end_whole()
         elif reader.complete:
             self._end_cleanly()
         else:
@@ -213,7 +259,7 @@ class Relay:
             self._end_cleanly()
         elif self.started_content:
             if isinstance(error, IdleTimeout):
-                self._fail(UpstreamTimeout(f"The model server sent nothing for {self._timing.idle_s:g} s."))
+                self._fail(UpstreamStalled(f"The model server sent nothing for {self._timing.idle_s:g} s."))
             else:
                 self._fail(StreamInterrupted("The connection to the model server broke before the answer ended."))
         elif isinstance(error, HeadTimeout) and self.exchange.stream:
@@ -246,7 +292,7 @@ class Relay:
             if self.reader is not None and self.reader.complete:
                 self._end_cleanly()
             else:
-                self._fail(UpstreamTimeout(f"The model server sent nothing for {self._timing.idle_s:g} s."))
+                self._fail(UpstreamStalled(f"The model server sent nothing for {self._timing.idle_s:g} s."))
             return
         if self._reply.started and now - self._last_write_at >= self._timing.heartbeat_s:
             self._write(HEARTBEAT)
@@ -255,6 +301,14 @@ class Relay:
         """Finish a started stream with an error event, and without `[DONE]`."""
         self._write(error_event(error, self.exchange.request_id))
         self._reply.finish()
+
+    def abandon(self, replica: Replica) -> None:
+        """Give up an attempt at a replica that is known to have stopped answering, unless content has come.
+
+        Another attempt may follow, so that the client need not notice.
+        """
+        if self.replica is replica and self._done is not None and not self.started_content and not self.completed:
+            self._fail(Disconnected(replica.name, "body", "the server has stopped", sent=True, got_bytes=True))
 
     def interrupt(self, error: GatewayError) -> None:
         """End the request from outside (shutdown) as if the attempt had failed with `error`.
@@ -279,6 +333,8 @@ class Relay:
     def _begin_content(self) -> None:
         self.started_content = True
         self.exchange.first_content_at = time.monotonic()
+        if self._answered is not None and self.replica is not None:
+            self._answered(self.replica)
         if not self._reply.started:
             self._start()
         self._write(b"".join(self._held) if len(self._held) != 1 else self._held[0])
@@ -287,6 +343,30 @@ class Relay:
     def _start(self) -> None:
         self.exchange.status = 200
         self._reply.start(200, self.headers)
+
+    def _end_whole(self) -> None:
+        """The response has ended, and was not streamed to the client."""
+        body = b"".join(self._body)
+        headers = self._response_headers
+        translation = self._translation
+        if translation is not None:
+            headers = [(b"content-type", b"application/json")]
+            try:
+                whole = translation.assembled() if self._assembling else translation.whole(body)
+            except TranslationError as error:
+                self._fail(from_stream_event(error.error))
+                return
+            if whole is None:
+                self._fail(self._truncated())
+                return
+            body = whole
+        if self._status == 200:
+            self._note_progress(time.monotonic())
+        self._resolve(UpstreamReply(self._status, headers, body))
+
+    def _note_progress(self, now: float) -> None:
+        if self.replica is not None:
+            self.replica.health.progressed_at = now
 
     def _end_cleanly(self) -> None:
         """Every choice has finished: end the stream, with the `[DONE]` that may be missing."""
@@ -309,7 +389,7 @@ class Relay:
 
     def _no_content(self) -> GatewayError:
         limit_s = self._timing.first_token_s
-        return UpstreamTimeout(f"No content came within {limit_s:g} s.", code="first_token_timeout")
+        return UpstreamStalled(f"No content came within {limit_s:g} s.", code="first_token_timeout")
 
     def _truncated(self) -> GatewayError:
         return StreamInterrupted(

@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+from backends.kvevents.view import Summary
 from backends.ticker import Ticker
 from backends.upstream import Upstream
 from gateway import usage
@@ -21,7 +22,9 @@ from gateway.metrics import Metrics
 from gateway.order import Call
 from gateway.record import Exchange, Outcome
 from gateway.relay import Relay
-from routing.types import Policy
+from gateway.store import MemoryStore, Store
+from gateway.watch.witness import Witness
+from routing.types import Policy, Replica
 
 MAX_BACKGROUND_TASKS = 1000
 _RETIRE_POLL_S = 0.25
@@ -45,14 +48,27 @@ class ByteBudget:
         self.used_bytes -= size_bytes
 
 
+class KvSource(Protocol):
+    """What follows the KV cache of one replica."""
+
+    def summary(self) -> Summary: ...
+
+
 class Runtime:
     """One worker's shared state. Create it inside the event loop that will use it."""
 
-    def __init__(self, settings: Settings, policy: Policy, metrics: Metrics, ledger: Ledger) -> None:
+    def __init__(
+        self, settings: Settings, policy: Policy, metrics: Metrics, ledger: Ledger, *, store: Store | None = None
+    ) -> None:
         self.settings = settings
         self.policy = policy
         self.metrics = metrics
         self.ledger = ledger
+        self.store: Store = MemoryStore() if store is None else store
+        """What this worker shares with the others. Made here, it is shared with nobody."""
+        self.witness = Witness()
+        self.kv_listeners: Mapping[Replica, KvSource] = {}
+        """Where KV-cache events are followed; kept up by the watch."""
         self.loop = asyncio.get_running_loop()
         """Kept, because asking for it costs a system call per request on CPython 3.11 (a check of the process id)."""
         self.ticker = Ticker(self.loop)
@@ -115,6 +131,11 @@ class Runtime:
         for relay in list(self._relays):
             relay.interrupt(error)
 
+    def abandon(self, replica: Replica) -> None:
+        """Move the requests without content away from a replica that has stopped without telling them."""
+        for relay in list(self._relays):
+            relay.abandon(replica)
+
     def abort(self, upstream: Upstream, request_id: str) -> None:
         """Have the engine told, in the background, that nobody waits for this request any more."""
         if upstream.dialect.abort_request(request_id) is not None:
@@ -152,7 +173,7 @@ class Runtime:
         kept = set(self.fleet.upstreams())
         for upstream in old.upstreams():
             if upstream not in kept:
-                upstream.pool.close_when_idle()
+                upstream.close_when_idle()
 
     async def aclose(self) -> None:
         """Close every connection and file. Requests under way are cut."""
@@ -160,6 +181,7 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         for upstream in self.fleet.upstreams():
-            await upstream.pool.aclose(force=True)
+            await upstream.aclose()
         self.ticker.close()
+        await self.store.aclose()
         await self.ledger.aclose()

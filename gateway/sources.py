@@ -1,27 +1,71 @@
 """Where the admin app gets what it shows: a worker in this process (`gateway.state`), or one behind a Unix socket.
 
-Both answer in the same shapes, so that one process and many look alike to whoever scrapes or reads them.
+Both answer in the same shapes, so that one process and many look alike to whoever scrapes or reads them. Both also do
+what operators order: one worker does it, and all come to know through the store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+from urllib.parse import quote, urlencode
 
 import msgspec
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.errors import GatewayError
+
 ANSWER_WITHIN_S = 1.0
 """A worker that takes longer is left out. Its loop is stuck or it is starting; a scrape must not wait for that."""
+DRAIN_WITHIN_S = 10.0
+"""Longer than the store may take, and than a worker waits to see its own change."""
+ADAPTER_WITHIN_S = 300.0
+"""An engine has 120 s to load an adapter (`ADAPTER_TIMEOUT_S` of its dialect), and is asked what it holds around it."""
 
 WORKER_UP = "tidegate_worker_up"
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
+
+T = TypeVar("T")
 
 
 class Silent(Exception):
     """A worker did not answer, or not in full."""
+
+
+class Refused(GatewayError):
+    """A worker would not do what it was told; what it said is passed on as it is."""
+
+    def __init__(self, status: int, message: str, type_: str, code: str | None) -> None:
+        super().__init__(message, code=code)
+        self.status = status
+        self.type = type_
+
+
+class AdapterChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An order to load a LoRA adapter, or to unload it."""
+
+    pool: str
+    name: str
+    path: str | None
+    """Where the engines find it; None unloads."""
+    replica: str | None = None
+    """The only replica to do it; None: all of the pool."""
+
+
+class AdapterResult(msgspec.Struct, frozen=True):
+    """What came of an order at one replica."""
+
+    replica: str
+    ok: bool
+    status: int = 200
+    """200; 409 the engine refuses; 501 it cannot be told to; 502 it did not answer, or not so that it is known."""
+    changed: bool = False
+    reason: str | None = None
+    """Why not; or, where it is ok, why nothing had to change."""
 
 
 class Source(Protocol):
@@ -38,6 +82,26 @@ class Source(Protocol):
 
     async def usage(self, limit: int) -> list[dict[str, Any]]:
         """At most `limit` usage records, the last settled first."""
+
+    async def drain(self, pool: str, replica: str, draining: bool) -> None:
+        """Have all workers give a replica no new work, or give it work again. Raises `GatewayError`."""
+
+    async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
+        """Load or unload at each replica, through its engine; takes as long as they take. Raises `GatewayError`."""
+
+
+async def ask_all(
+    sources: Sequence[Source], question: Callable[[Source], Coroutine[Any, Any, T]]
+) -> list[tuple[int, T | None]]:
+    """Every worker's answer, by its number; None for one that did not give any."""
+
+    async def one(source: Source) -> tuple[int, T | None]:
+        try:
+            return source.index, await question(source)
+        except Silent:
+            return source.index, None
+
+    return await asyncio.gather(*(one(source) for source in sources))
 
 
 class RemoteSource:
@@ -60,20 +124,79 @@ class RemoteSource:
         records: list[dict[str, Any]] = msgspec.json.decode(await self._get(f"/admin/usage?limit={limit}"))["data"]
         return records
 
+    async def drain(self, pool: str, replica: str, draining: bool) -> None:
+        verb = "drain" if draining else "undrain"
+        # Whether it may be drained was decided by whoever asks this, who knows all workers.
+        target = f"/admin/replicas/{_quoted(pool)}/{_quoted(replica)}/{verb}?force=true"
+        status, body = await self._ask("POST", target, timeout_s=DRAIN_WITHIN_S)
+        if status != 200:
+            raise _refusal(status, body)
+
+    async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
+        if change.path is not None:
+            status, body = await self._ask(
+                "POST", "/admin/adapters", msgspec.json.encode(change), timeout_s=ADAPTER_WITHIN_S
+            )
+        else:
+            target = f"/admin/adapters/{_quoted(change.pool)}/{quote(change.name)}"
+            if change.replica is not None:
+                target += "?" + urlencode({"replica": change.replica})
+            status, body = await self._ask("DELETE", target, timeout_s=ADAPTER_WITHIN_S)
+        try:  # told even where none could
+            return msgspec.json.decode(body, type=_Results).replicas
+        except msgspec.MsgspecError as error:
+            raise _refusal(status, body) from error
+
     async def _get(self, target: str) -> bytes:
-        """The body of a 200. HTTP/1.0: one question a connection, answered until it closes."""
+        """The body of a 200."""
+        status, body = await self._ask("GET", target, timeout_s=self._timeout_s)
+        if status != 200:
+            raise Silent(f"worker {self.index} answered {status}")
+        return body
+
+    async def _ask(self, method: str, target: str, content: bytes = b"", *, timeout_s: float) -> tuple[int, bytes]:
+        """Status and body. HTTP/1.0: one question a connection, answered until it closes."""
+        head = f"{method} {target} HTTP/1.0\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_unix_connection(self._path)
                 try:
-                    writer.write(f"GET {target} HTTP/1.0\r\nhost: localhost\r\n\r\n".encode())
+                    writer.write(head.encode() + content)
                     answer = await reader.read()
                 finally:
                     writer.close()
         except OSError as error:  # TimeoutError among them
             raise Silent(f"worker {self.index} did not answer") from error
-        head, _, body = answer.partition(b"\r\n\r\n")
-        length = _LENGTH.search(head + b"\r\n")
-        if not re.match(rb"HTTP/1\.[01] 200 ", head) or length is None or int(length[1]) != len(body):
+        head_bytes, _, body = answer.partition(b"\r\n\r\n")
+        status = _STATUS.match(head_bytes)
+        length = _LENGTH.search(head_bytes + b"\r\n")
+        if status is None or length is None or int(length[1]) != len(body):
             raise Silent(f"worker {self.index} did not answer in full")
-        return body
+        return int(status[1]), body
+
+
+class _Results(msgspec.Struct):
+    replicas: list[AdapterResult]
+
+
+class _Error(msgspec.Struct):
+    message: str
+    type: str
+    code: str | None = None
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error
+
+
+def _refusal(status: int, body: bytes) -> GatewayError:
+    """The error that a worker answered with. Raises `Silent` when it is none."""
+    try:
+        said = msgspec.json.decode(body, type=_Refusal).error
+    except msgspec.MsgspecError as error:
+        raise Silent(f"a worker answered {status} without a reason") from error
+    return Refused(status, said.message, said.type, said.code)
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="")

@@ -15,24 +15,22 @@ escaped: the bytes `"finish_reason":null` can only be a key and its value.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
-from gateway.record import Usage
+from backends.sse import BOM, BOUNDARY, EventTooLarge, fields
+from backends.usage import Usage, read_openai_usage
 
-_BOUNDARY = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
-"""End of an event: a line end and an empty line, in any of the three line endings that SSE allows."""
-_LINE_END = re.compile(rb"\r\n|\n|\r")
-
-
-_BOM = b"\xef\xbb\xbf"
-"""May stand before a stream and is no part of it. Looked for at every event that is parsed."""
+ReadUsage = Callable[[Mapping[str, Any]], Usage | None]
+"""Finds the usage in a whole answer or in a chunk of a stream; None when there is none."""
 
 
-class EventTooLarge(Exception):
-    """One event exceeded the configured size without ending."""
+def openai_usage(tree: Mapping[str, Any]) -> Usage | None:
+    """The usage where OpenAI's API puts it."""
+    usage = tree.get("usage")
+    return read_openai_usage(usage) if isinstance(usage, dict) else None
 
 
 class StreamReader:
@@ -51,13 +49,22 @@ class StreamReader:
         "hide_usage",
         "malformed_events",
         "max_event_bytes",
+        "read_usage",
         "usage",
     )
 
-    def __init__(self, *, expected_choices: int = 1, hide_usage: bool = False, max_event_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        *,
+        expected_choices: int = 1,
+        hide_usage: bool = False,
+        max_event_bytes: int = 1 << 20,
+        read_usage: ReadUsage = openai_usage,
+    ) -> None:
         self.expected_choices = expected_choices
         self.hide_usage = hide_usage
         self.max_event_bytes = max_event_bytes
+        self.read_usage = read_usage
         self.content_started = False
         """A content, reasoning, refusal or tool-call delta, or a finish reason, has been seen."""
         self.content_events = 0
@@ -113,7 +120,7 @@ class StreamReader:
         pending += data
         start = 0
         passed: list[bytes] = []
-        for boundary in _BOUNDARY.finditer(pending, self._scanned):
+        for boundary in BOUNDARY.finditer(pending, self._scanned):
             end = boundary.end()
             passed.append(self._event(bytes(pending[start : boundary.start()]), bytes(pending[boundary.start() : end])))
             start = end
@@ -140,7 +147,7 @@ class StreamReader:
         """Judge one event; return it with its terminator, or nothing when it must not be passed on."""
         if len(event) > self.max_event_bytes:
             raise EventTooLarge
-        name, payload = _fields(event.removeprefix(_BOM))
+        name, payload = fields(event.removeprefix(BOM))
         if payload is None:
             return event + terminator
         if payload == b"[DONE]":
@@ -158,9 +165,8 @@ class StreamReader:
             self.error = error
             return b""
         self._read_choices(chunk.get("choices"))
-        usage = chunk.get("usage")
-        if isinstance(usage, dict):
-            self.usage = read_usage(usage)
+        if isinstance(chunk.get("usage"), dict):
+            self.usage = self.read_usage(chunk)
             if self.hide_usage and not chunk.get("choices"):
                 return b""
         return event + terminator
@@ -178,21 +184,6 @@ class StreamReader:
             if _has_content(choice):
                 self.content_events += 1
                 self.content_started = True
-
-
-def _fields(event: bytes) -> tuple[bytes, bytes | None]:
-    """The event's name and its data; None when it has no data line (comments, pings)."""
-    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:
-        return b"", event[5:].strip()
-    name = b""
-    data: list[bytes] = []
-    for line in _LINE_END.split(event):
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value.removeprefix(b" "))
-        elif field == b"event":
-            name = value.strip()
-    return name, b"\n".join(data).strip() if data else None
 
 
 def _error_in(chunk: dict[str, Any], name: bytes) -> dict[str, Any] | None:
@@ -213,17 +204,3 @@ def _has_content(choice: dict[str, Any]) -> bool:
         return True
     delta = choice.get("delta")
     return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
-
-
-def read_usage(usage: dict[str, Any]) -> Usage:
-    """Token counts from OpenAI's usage object; a missing or null count is 0 (some engines send null details)."""
-    details = usage.get("prompt_tokens_details")
-    return Usage(
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        completion_tokens=_count(usage.get("completion_tokens")),
-        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
-    )
-
-
-def _count(value: Any) -> int:
-    return value if type(value) is int and value >= 0 else 0

@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import msgspec
 from prometheus_client.core import Metric
 
+from gateway.actions import Actions
 from gateway.config import Settings
 from gateway.fleet import Fleet, Pool
 from gateway.ledger import as_record
-from gateway.metrics import process_families, replica_families
-from gateway.runtime import Runtime
+from gateway.metrics import health_families, process_families, replica_families
+from gateway.runtime import KvSource, Runtime
+from gateway.sources import AdapterChange, AdapterResult
 from gateway.version import tidegate_version
+from routing.load import Load
 from routing.types import Replica
 
 _SHOWN_SETTINGS = {"server", "shutdown", "auth", "store", "usage_log", "stream"}
@@ -27,6 +31,7 @@ class LocalSource:
     def __init__(self, runtime: Runtime, index: int = 0) -> None:
         self.index = index
         self._runtime = runtime
+        self._actions = Actions(runtime)
 
     async def metrics(self) -> list[Metric]:
         return list(_families(self._runtime))
@@ -36,6 +41,12 @@ class LocalSource:
 
     async def usage(self, limit: int) -> list[dict[str, Any]]:
         return [as_record(each) for each in islice(reversed(self._runtime.ledger.recent), limit)]
+
+    async def drain(self, pool: str, replica: str, draining: bool) -> None:
+        await self._actions.drain(pool, replica, draining)
+
+    async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
+        return await self._actions.change_adapter(change)
 
 
 def fleet_state(runtime: Runtime, index: int, now: float) -> dict[str, Any]:
@@ -51,7 +62,7 @@ def fleet_state(runtime: Runtime, index: int, now: float) -> dict[str, Any]:
         "request_bytes_held": runtime.body_budget.used_bytes,
         "config": config_summary(runtime.settings),
         "models": _models(runtime.settings, runtime.fleet),
-        "pools": [_pool_state(pool, now) for pool in runtime.fleet.pools.values()],
+        "pools": [_pool_state(pool, runtime, now) for pool in runtime.fleet.pools.values()],
     }
 
 
@@ -73,16 +84,20 @@ def _models(settings: Settings, fleet: Fleet) -> dict[str, Any]:
     }
 
 
-def _pool_state(pool: Pool, now: float) -> dict[str, Any]:
+def _pool_state(pool: Pool, runtime: Runtime, now: float) -> dict[str, Any]:
     return {
         "name": pool.name,
         "engine": pool.settings.engine,
-        "replicas": [_replica_state(pool, replica, now) for replica in pool.replicas],
+        "adapters": {each.name: each.path for each in pool.settings.adapters},
+        "replicas": [
+            _replica_state(pool, replica, runtime.kv_listeners.get(replica), now) for replica in pool.replicas
+        ],
     }
 
 
-def _replica_state(pool: Pool, replica: Replica, now: float) -> dict[str, Any]:
-    connections = pool.upstreams[replica].pool
+def _replica_state(pool: Pool, replica: Replica, kv_source: KvSource | None, now: float) -> dict[str, Any]:
+    upstream = pool.upstreams[replica]
+    connections = upstream.pool
     return {
         "name": replica.name,
         "url": replica.url,
@@ -91,9 +106,20 @@ def _replica_state(pool: Pool, replica: Replica, now: float) -> dict[str, Any]:
         "max_in_flight": replica.max_in_flight,
         "in_flight": replica.in_flight,
         "in_flight_bytes": replica.in_flight_bytes,
+        "engine": replica.engine,
         "available": replica.available(now),
         "unavailable_reason": replica.unavailable_reason(now),
+        "health": replica.health.state(now).value,
+        "share": round(replica.health.share(now), 3),
+        "draining": replica.draining,
         "failures": replica.cooldown.failures,
+        "epoch": replica.epoch,
+        "load": _load_state(replica.load, now),
+        "info": None if upstream.info is None else msgspec.to_builtins(upstream.info),
+        "adapters": [msgspec.to_builtins(adapter) for adapter in upstream.adapters],
+        "kv_events": None if kv_source is None else msgspec.to_builtins(kv_source.summary()),
+        "lacking": upstream.signals.lacking,
+        "refused_fields": sorted(upstream.signals.refused_fields),
         "connections": {
             "idle": connections.idle,
             "active": connections.active,
@@ -102,10 +128,20 @@ def _replica_state(pool: Pool, replica: Replica, now: float) -> dict[str, Any]:
     }
 
 
+def _load_state(load: Load | None, now: float) -> dict[str, Any] | None:
+    """The engine's last report, with its age instead of a time that means nothing outside of this process."""
+    if load is None:
+        return None
+    shown: dict[str, Any] = msgspec.to_builtins(load)
+    shown["age_s"] = round(now - shown.pop("observed_at"), 3)
+    return shown
+
+
 def _families(runtime: Runtime) -> Iterator[Metric]:
     yield from runtime.metrics.families()
     replicas = [replica for pool in runtime.fleet.pools.values() for replica in pool.replicas]
     yield from replica_families(replicas, time.monotonic())
+    yield from health_families(runtime.witness)
     yield from process_families(
         runtime.in_flight, runtime.body_budget.used_bytes, runtime.ledger.lost, runtime.metrics.started_unix_s
     )

@@ -1,8 +1,8 @@
 """Translates what model servers say when they refuse or fail into what the client is told.
 
-One place for three dialects of error body: OpenAI's nested object, SGLang's flat one, and anything else. Messages are
-cleaned of file paths, which engines' validation errors leak. A refusal of *our* credential is never shown as the
-client's: an upstream 401 or 403 becomes a 502.
+Whose fault it is, the engine's dialect has judged. One place for three shapes of error body: OpenAI's nested
+object, SGLang's flat one, and anything else. Messages are cleaned of file paths, which engines' validation errors
+leak. A refusal of *our* credential is never shown as the client's: it becomes a 502.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from backends.dialects.protocol import Fault
 from backends.errors import ConnectFailed, HeadTimeout, IdleTimeout, PoolTimeout, UpstreamError
 from gateway.errors import (
     GatewayError,
@@ -39,41 +40,82 @@ class UpstreamRejected(InvalidRequest):
         self.status = status
 
 
-def from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes, now_unix_s: float) -> GatewayError:
-    """The error for a reply of any status but 200 (redirects are not followed: they count as failures)."""
-    return _from_fields(status, headers, _error_fields(body), now_unix_s)
+class UpstreamSaid(GatewayError):
+    """An error that the model server sent inside a stream, as it said it. `gateway.verdict` finds its meaning."""
+
+    status = 502
+    code = "upstream_error"
+    outcome = Outcome.UPSTREAM_ERROR
+
+    def __init__(self, status: int, fields: dict[str, Any]) -> None:
+        super().__init__(_message(status, fields))
+        self.upstream_status = status
+        self.fields = fields
 
 
-def _from_fields(
-    status: int, headers: list[tuple[bytes, bytes]], fields: dict[str, Any], now_unix_s: float
+class UpstreamStalled(UpstreamTimeout):
+    """The model server went silent."""
+
+
+def from_status(
+    status: int, headers: list[tuple[bytes, bytes]], fields: dict[str, Any], fault: Fault, now_unix_s: float
 ) -> GatewayError:
-    said = fields.get("message")
-    message = (clean(said) if isinstance(said, str) else "") or f"The model server answered {status}."
+    """The error for a reply of any status but 200 (redirects are not followed: they count as failures).
+
+    `fields` is its error object, see `error_of`.
+    """
+    message = _message(status, fields)
     retry_after_s = parse_retry_after(headers, now_unix_s)
     code = fields.get("code")
     code = code if isinstance(code, str) else None
-    if status in (401, 403, 407):
+    if fault is Fault.CREDENTIAL:
+        # Never shown as the client's: its own key is fine.
+        if status in (402, 429):
+            return UpstreamFailed(
+                "The gateway's account at the model server is out of funds.", code="upstream_no_funds"
+            )
         return UpstreamFailed("The model server refused the gateway's own credential.", code="upstream_auth_failed")
-    if status == 429:
+    if fault is Fault.OVERLOAD:
+        if status != 429:
+            return UpstreamOverloaded(message, retry_after_s=retry_after_s or 1.0)
         limited = UpstreamOverloaded(message, code=code or "rate_limit_exceeded", retry_after_s=retry_after_s or 1.0)
         limited.status = 429
         limited.type = "requests"
         return limited
-    if status in (503, 529):
+    if fault is Fault.REQUEST:
+        param = fields.get("param")
+        # In a stream the status may be any; what is the request's fault is a 400 then.
+        status = status if 400 <= status < 500 else 400
+        return UpstreamRejected(status, message, code=code, param=param if isinstance(param, str) else None)
+    if status == 503:
         return UpstreamOverloaded(message, retry_after_s=retry_after_s or 1.0)
     if status in (408, 504):
         return UpstreamTimeout(message)
-    if 400 <= status < 500:
-        param = fields.get("param")
-        return UpstreamRejected(status, message, code=code, param=param if isinstance(param, str) else None)
     return UpstreamFailed(message, code="upstream_error")
 
 
-def from_stream_event(error: dict[str, Any]) -> GatewayError:
-    """The error for one sent as an event of a stream; a numeric `code` is read as a status (SGLang's 503)."""
-    code = error.get("code")
-    status = code if isinstance(code, int) and 400 <= code < 600 else 500
-    return _from_fields(status, [], error, 0.0)
+def _message(status: int, fields: dict[str, Any]) -> str:
+    said = fields.get("message")
+    return (clean(said) if isinstance(said, str) else "") or f"The model server answered {status}."
+
+
+def from_stream_event(error: dict[str, Any]) -> UpstreamSaid:
+    """The error for one sent as an event of a stream; a numeric `code` or `status` is read as one (SGLang's 503)."""
+    for said in (error.get("code"), error.get("status")):
+        if type(said) is int and 400 <= said < 600:
+            return UpstreamSaid(said, error)
+    return UpstreamSaid(500, error)
+
+
+def error_in_answer(body: bytes) -> UpstreamSaid | None:
+    """The error in a whole answer with status 200, where there is one instead of choices.
+
+    OpenRouter documents it; DeepSeek sends its status before it knows how the answer ends.
+    """
+    if b'"error"' not in body or b'"choices"' in body:
+        return None
+    fields = error_of(body)
+    return from_stream_event(fields) if fields.get("message") or fields.get("code") else None
 
 
 def from_connection(error: UpstreamError) -> GatewayError:
@@ -81,7 +123,7 @@ def from_connection(error: UpstreamError) -> GatewayError:
     if isinstance(error, PoolTimeout):
         return Overloaded("Every connection to the model server is busy.", retry_after_s=1.0)
     if isinstance(error, HeadTimeout | IdleTimeout):
-        return UpstreamTimeout("The model server did not answer in time.")
+        return UpstreamStalled("The model server did not answer in time.")
     if isinstance(error, ConnectFailed):
         return UpstreamFailed("The model server could not be reached.", code="upstream_unreachable")
     return UpstreamFailed("The connection to the model server broke.", code="upstream_disconnected")
@@ -112,7 +154,8 @@ def parse_retry_after(headers: list[tuple[bytes, bytes]], now_unix_s: float) -> 
     return None
 
 
-def _error_fields(body: bytes) -> dict[str, Any]:
+def error_of(body: bytes) -> dict[str, Any]:
+    """The error object in a reply's body, whichever way it is nested; empty when there is none."""
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -7,12 +7,13 @@ from typing import Any
 
 import orjson
 
+from backends.usage import Usage
 from gateway.config import Price
-from gateway.record import Exchange, Usage
-from gateway.sse import StreamReader, read_usage
+from gateway.record import Exchange
+from gateway.sse import ReadUsage, StreamReader, openai_usage
 
 _PARSE_WHOLE_BYTES = 16_384
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _MAX_USAGE_BYTES = 4096
 
 
@@ -23,7 +24,7 @@ def from_stream(exchange: Exchange, reader: StreamReader) -> None:
         exchange.usage = reader.usage
 
 
-def from_whole(body: bytes) -> Usage | None:
+def from_whole(body: bytes, read_usage: ReadUsage = openai_usage) -> Usage | None:
     """The usage of a reply that came whole; None when there is none to be found.
 
     Small bodies are parsed. In large ones (embeddings: megabytes of numbers) only the last `usage` object is, which
@@ -31,9 +32,8 @@ def from_whole(body: bytes) -> Usage | None:
     """
     if len(body) <= _PARSE_WHOLE_BYTES:
         tree = _json(body)
-        found = tree.get("usage") if isinstance(tree, dict) else None
-        return read_usage(found) if isinstance(found, dict) else None
-    found_at = [match.end() - 1 for match in _USAGE.finditer(body)]
+        return read_usage(tree) if isinstance(tree, dict) else None
+    found_at = [match.end() for match in _USAGE.finditer(body)]
     if not found_at:
         return None
     start = found_at[-1]
@@ -41,20 +41,25 @@ def from_whole(body: bytes) -> Usage | None:
     while (end := body.find(b"}", end + 1, start + _MAX_USAGE_BYTES)) >= 0:
         tree = _json(body[start : end + 1])
         if isinstance(tree, dict):
-            return read_usage(tree)
+            return read_usage({"usage": tree})
     return None
 
 
 def cost_usd(usage: Usage, price: Price) -> float:
     """Dollars for these tokens; cached prompt tokens are charged at their own price.
 
-    >>> from gateway.config import Price
-    >>> cost_usd(Usage(1000, 500, 400), Price(input=2.0, cached_input=0.5, output=8.0))
-    0.0054
+        >>> from backends.usage import Usage
+    from gateway.config import Price
+        >>> cost_usd(Usage(1000, 500, 400), Price(input=2.0, cached_input=0.5, output=8.0))
+        0.0054
     """
-    fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
+    cached = usage.cached_tokens or 0
+    fresh = max(0, usage.prompt_tokens - cached - usage.cache_write_tokens)
     return (
-        fresh * price.input + usage.cached_tokens * price.cached_input + usage.completion_tokens * price.output
+        fresh * price.input
+        + cached * price.cached_input
+        + usage.cache_write_tokens * price.cache_write
+        + usage.completion_tokens * price.output
     ) / 1_000_000
 
 

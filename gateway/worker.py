@@ -26,12 +26,16 @@ from gateway.metrics import Metrics
 from gateway.runtime import Runtime
 from gateway.sources import Source
 from gateway.state import LocalSource
+from gateway.store import Store
+from gateway.watch.watcher import Watcher
 from routing.policies import LeastOutstanding
 
 logger = logging.getLogger("tidegate")
 
 LAST_WORDS_S = 2.0
 """How long clients get to receive the error event that ends their stream."""
+FIRST_LOOK_S = 0.5
+"""How long the start waits to hear from the replicas. One that hangs is found out about later."""
 _POLL_S = 0.05
 
 
@@ -40,7 +44,10 @@ class StartError(Exception):
 
 
 class Worker:
-    """Serves on sockets that are bound already, until it is told to stop. Create it inside its event loop."""
+    """Serves on sockets that are bound already, until it is told to stop. Create it inside its event loop.
+
+    It closes `store` at its end; without one it makes its own, which it shares with nobody.
+    """
 
     def __init__(
         self,
@@ -50,12 +57,14 @@ class Worker:
         admin_sockets: Sequence[socket.socket],
         build_admin: Callable[[Source], ASGIApp],
         index: int = 0,
+        store: Store | None = None,
     ) -> None:
         path = settings.usage_log.path
         self._sockets = sockets
         self._admin_sockets = admin_sockets
         self._ledger = Ledger(None if path is None else Path(path))
-        self._runtime = Runtime(settings, LeastOutstanding(Random()), Metrics(), self._ledger)
+        self._runtime = Runtime(settings, LeastOutstanding(Random()), Metrics(), self._ledger, store=store)
+        self._watcher = Watcher(self._runtime, Random())
         self._admin_app = build_admin(LocalSource(self._runtime, index))
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -79,6 +88,7 @@ class Worker:
         """Serve new requests by these settings. A defect in doing so is logged and ends nothing that works."""
         try:
             self._runtime.reload(settings)
+            self._watcher.refresh()
         except Exception:
             logger.exception("reload failed")
 
@@ -89,6 +99,8 @@ class Worker:
             self._ledger.start()
         except OSError as error:
             raise StartError(f"usage_log.path: cannot write {self._ledger.path}: {error.strerror or error}.") from error
+        self._watcher.start()
+        await self._watcher.first_look(FIRST_LOOK_S)
         listener, sweep = inference_listener(build_app(runtime), runtime)
         runtime.ticker.add(sweep)
         async with asyncio.TaskGroup() as tasks:
@@ -105,6 +117,7 @@ class Worker:
             if admin is not None:
                 admin.should_exit = True
                 admin.cut()
+        await self._watcher.aclose()
         await runtime.aclose()
 
     async def _drain(self, runtime: Runtime, listener: Listener) -> None:

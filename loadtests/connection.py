@@ -79,6 +79,11 @@ class _Abort(msgspec.Struct):
     rid: str = ""
 
 
+class _Lora(msgspec.Struct):
+    lora_name: str
+    lora_path: str = ""
+
+
 _decode = msgspec.json.Decoder(_Body).decode
 
 
@@ -268,11 +273,17 @@ class Connection(asyncio.Protocol):
             engine.aborted_rids.append(msgspec.json.decode(body, type=_Abort).rid)
             self._play(request, iter((replies.json_response(200, {}), End.KEEP)))
             return
+        if engine.adapters is not None and method == "POST" and path in ("/load_lora_adapter", "/unload_lora_adapter"):
+            self._play(request, self._change_adapter(path, msgspec.json.decode(body, type=_Lora), engine.adapters))
+            return
         known: dict[str, Callable[[], replies.Json]] = {
             "/health": dict,
             "/v1/models": lambda: {
                 "object": "list",
-                "data": [{"id": m, "object": "model"} for m in engine.models],
+                "data": [{"id": m, "object": "model"} for m in engine.models]
+                if engine.adapters is None
+                else [{"id": m, "object": "model", "parent": None} for m in engine.models]
+                + [{"id": n, "parent": engine.models[0], "root": p} for n, p in engine.adapters.items()],
             },
             "/stats": lambda: {
                 "served": engine.served,
@@ -287,6 +298,24 @@ class Connection(asyncio.Protocol):
             self._play(request, iter((replies.json_response(200, known[path]()), End.KEEP)))
         else:
             self._play(request, replies.steps(Call("chat", engine.models[0]), engine.probe))
+
+    def _change_adapter(self, path: str, asked: _Lora, adapters: dict[str, str]) -> Iterator[Step]:
+        """As SGLang does it: takes its time, and refuses what is done already."""
+        yield self._engine.adapter_delay_s
+        name = asked.lora_name
+        if (path == "/load_lora_adapter") == (name in adapters):
+            said = f"LoRA adapter {name} is {'already' if name in adapters else 'not'} loaded"
+            yield replies.json_response(400, {"success": False, "error_message": said})
+        elif name in adapters:
+            del adapters[name]
+            yield replies.json_response(200, {"success": True, "loaded_adapters": adapters})
+        elif asked.lora_path.startswith("/missing"):
+            yield replies.json_response(400, {"success": False, "error_message": f"{asked.lora_path} does not exist"})
+        else:
+            adapters[name] = asked.lora_path
+            yield replies.json_response(200, {"success": True, "loaded_adapters": adapters})
+        self._engine.changed()
+        yield End.KEEP
 
     # -- playing an answer
 

@@ -12,7 +12,8 @@ For tests, in the test's own event loop::
 For load, as a process of its own: ``python -m loadtests.engine --port 19001 --port 19002 --chunks 50``.
 A single request changes the script with the header ``x-fake`` or the body field ``fake``, see `Behaviour`.
 
-Routes: POST /v1/chat/completions, /v1/completions, /v1/embeddings, /abort_request;
+Routes: POST /v1/chat/completions, /v1/completions, /v1/embeddings, /abort_request, and with `adapters` set
+/load_lora_adapter, /unload_lora_adapter;
 GET /v1/models, /health, /stats.
 """
 
@@ -56,6 +57,10 @@ class FakeEngine:
         self.probe = Behaviour()
         """What GET requests get (health, models): status, delays, hang and the HTTP fields matter."""
         self.models = models
+        self.adapters: dict[str, str] | None = None
+        """LoRA adapters by name, each with its path; None for an engine that cannot load any. SGLang's endpoints."""
+        self.adapter_delay_s = 0.0
+        """How long loading or unloading one takes."""
         self.uds = uds
         self.requests: list[Request] = []
         """Requests for a model's work, fully read; neither probes nor aborts."""

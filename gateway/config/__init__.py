@@ -6,8 +6,9 @@ everything that is wrong. Nothing here opens a socket or changes the process.
 
 from gateway.config.load import json_schema, load, require_models, restart_only_changes
 from gateway.config.problems import ConfigError, Problem
+from gateway.config.replicas import Health, KvEvents, Replica
 from gateway.config.schema import RESTART_ONLY, Admin, Server, Settings, Shutdown, Stream, UsageLog
-from gateway.config.upstreams import Backend, Connections, Model, ModelTimeouts, Price, Replica, Timeouts
+from gateway.config.upstreams import Backend, Connections, Model, ModelTimeouts, Price, Timeouts
 
 __all__ = [
     "RESTART_ONLY",
@@ -15,6 +16,8 @@ __all__ = [
     "Backend",
     "ConfigError",
     "Connections",
+    "Health",
+    "KvEvents",
     "Model",
     "ModelTimeouts",
     "Price",

@@ -156,7 +156,7 @@ def _replicas(data: dict[str, Any]) -> Iterator[Finding]:
     for pool, backend in _mapping(data, "backends").items():
         replicas = backend.get("replicas") if isinstance(backend, dict) else None
         names: dict[str, int] = {}
-        urls: dict[str, int] = {}
+        urls: dict[tuple[str, Any], int] = {}
         for index, replica in enumerate(replicas if isinstance(replicas, (list, tuple)) else ()):
             if not isinstance(replica, dict):
                 continue
@@ -165,8 +165,10 @@ def _replicas(data: dict[str, Any]) -> Iterator[Finding]:
             if isinstance(name, str) and names.setdefault(name, index) != index:
                 message = f"{shown(name)} is already the name of replicas[{names[name]}]"
                 yield Finding((*path, "name"), message, "choose another name")
-            if url is not None and urls.setdefault(url, index) != index:
-                message = f"{shown(url)} is already the address of replicas[{urls[url]}]"
+            rank = replica.get("dp_rank")
+            place = (url or "", rank if isinstance(rank, int) else None)
+            if url is not None and urls.setdefault(place, index) != index:
+                message = f"{shown(url)} is already the address of replicas[{urls[place]}]"
                 yield Finding((*path, "url"), message, "name each engine once; use weight to give it more")
 
 

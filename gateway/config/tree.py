@@ -88,7 +88,7 @@ def setting_paths(kind: Kind, prefix: str = "") -> Iterator[tuple[str, FieldInfo
     for name, field in model.model_fields.items():
         path = f"{prefix}.{name}" if prefix else name
         below: Kind = field.annotation
-        if is_mapping(below):
+        if is_mapping(below) and model_of(get_args(kind_of(below))[1]) is not None:
             yield from setting_paths(get_args(kind_of(below))[1], f"{path}.<name>")
         elif is_list(below) and model_of(get_args(kind_of(below))[0]) is not None:
             yield from setting_paths(get_args(kind_of(below))[0], f"{path}[]")

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import Field
 
+from gateway.config.replicas import AdapterFile, Engine, HeaderName, HeaderValue, Health, KeyHeader, Replica
 from gateway.config.secrets import Secret
-from gateway.config.urls import parse_address
 from gateway.config.values import (
     DAY_S,
     HOUR_S,
+    AdapterName,
     ModelName,
     Number,
-    OptionalName,
-    Region,
-    ReplicaUrl,
     Section,
+    Switch,
     Whole,
 )
-
-Engine = Literal["sglang", "vllm", "llamacpp", "openai"]
 
 _Connect = Annotated[Number, Field(gt=0, le=60)]
 _Phase = Annotated[Number, Field(gt=0, le=HOUR_S)]
@@ -71,6 +69,11 @@ class Price(Section):
         description="US dollars per million prompt tokens that the engine had in its cache. "
         "Left out: the same as `input`, so that costs are never understated.",
     )
+    cache_write: _Usd = Field(
+        default_factory=lambda validated: validated.get("input", 0.0),
+        description="US dollars per million prompt tokens written to a cache that charges for it (Anthropic). "
+        "Left out: the same as `input`.",
+    )
     output: _Usd = Field(default=0.0, description="US dollars per million generated tokens. Zero: your own hardware.")
 
 
@@ -83,6 +86,12 @@ class Model(Section):
         description="The name the engine knows the model by. Null: the client's name is sent unchanged, "
         "so that the body can be passed on byte for byte.",
     )
+    adapter: AdapterName | None = Field(
+        default=None,
+        description="LoRA adapter that answers for this model, addressed in each engine's own way. Null: the base "
+        "model. A client can also ask for `<model>:<adapter>` without an entry here.",
+        examples=["support-v3"],
+    )
     aliases: tuple[ModelName, ...] = Field(
         default=(),
         description="Further names for this model. None by default: every name a client can use is written down.",
@@ -94,50 +103,6 @@ class Model(Section):
     price: Price | None = Field(
         default=None, description="Price of the model's tokens. Null: unknown, so that no cost is recorded."
     )
-
-
-class Replica(Section):
-    """One engine process, or one hosted API."""
-
-    url: ReplicaUrl = Field(
-        description="Address of the engine: http, https, or http+unix with the socket's path "
-        "percent-encoded. "
-        "A path before a final /v1 is kept; /v1 itself may be written or left out.",
-        examples=["http://127.0.0.1:30000"],
-    )
-    region: Region | None = Field(
-        default=None,
-        description="Where the replica runs. Null: unknown, for a single place.",
-        examples=["eu-west"],
-    )
-    name: OptionalName = Field(
-        default="",
-        description="Name in headers, logs and metrics. Left out or null: `<backend>-<position>`, counted from 0.",
-        examples=["pool-0"],
-    )
-    weight: Number = Field(
-        default=1.0,
-        gt=0,
-        le=1000,
-        description="Share of the load relative to the other replicas. One: all the same.",
-    )
-    max_in_flight: Whole | None = Field(
-        default=None,
-        ge=1,
-        le=100_000,
-        description="Requests this replica may work on at once. Null: no limit here, the engine queues by itself.",
-        examples=[64],
-    )
-
-    @property
-    def origin(self) -> str:
-        """`scheme://host:port` with the port always written, or `http+unix://<encoded path>`."""
-        return parse_address(self.url).origin
-
-    @property
-    def path_prefix(self) -> str:
-        """What precedes `/v1` in request paths: empty, or such as `/api`."""
-        return parse_address(self.url).path_prefix
 
 
 class Connections(Section):
@@ -163,14 +128,38 @@ class Backend(Section):
     """A pool of interchangeable replicas of one engine."""
 
     engine: Engine = Field(
-        description="What the replicas run: sglang, vllm, llamacpp, or openai for any other OpenAI-compatible API.",
+        description="What the replicas run, or whose API it is; openai stands for anything else that is compatible "
+        "with OpenAI's. docs/engines.md says what each one offers.",
         examples=["sglang"],
+    )
+    hosted: Switch | None = Field(
+        default=None,
+        description="Whether the replicas are rented: asked seldom how they are, and never asked twice for an answer "
+        "that may have been billed. Null: as the engine is; openai counts as your own, so set it for a hosted API.",
     )
     api_key: Secret | None = Field(
         default=None,
         description="Key sent to the replicas as a bearer token, as a reference {env: NAME} or {file: PATH}. "
         "Null: none is sent; engines on a private network usually want none.",
     )
+    key_header: KeyHeader | None = Field(
+        default=None,
+        description="How the key is sent. Null: in the engine's usual way, mostly `authorization: Bearer <key>`.",
+    )
+    headers: Mapping[HeaderName, HeaderValue] = Field(
+        default={},
+        description="Further headers for every request to the replicas, such as a referrer that an API asks for. "
+        "None by default. Keys belong in api_key.",
+        examples=[{"x-title": "Tidegate"}],
+    )
+    adapters: tuple[AdapterFile, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="LoRA adapters that the gateway has every replica load, where the engine can be told to. Adapters "
+        "that the engines load by themselves need no entry.",
+        examples=[[{"name": "support-v3", "path": "/adapters/support-v3"}]],
+    )
+    health: Health = Field(default=Health(), description="When a replica counts as well, and when it is left alone.")
     replicas: tuple[Replica, ...] = Field(
         min_length=1,
         max_length=4096,

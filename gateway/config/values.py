@@ -16,12 +16,14 @@ from gateway.config.urls import MAX_SOCKET_PATH_BYTES, normal_url
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 REPLICA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 MODEL_NAME = r"^[!-~]{1,200}$"
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 REGION = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"
 
 PATTERN_HINTS = {
     NAME: "use at most 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit",
     REPLICA_NAME: "use at most 80 letters, digits, dots, dashes and underscores, the first a letter or digit",
     MODEL_NAME: "use 1 to 200 printable ASCII characters and no spaces",
+    ADAPTER_NAME: "use at most 200 letters, digits, dots, dashes, slashes and underscores, the first a letter or digit",
     REGION: "use at most 32 lower-case letters, digits and dashes, e.g. eu-west",
 }
 """What to write where a pattern was not met."""
@@ -104,6 +106,7 @@ def _database(text: str) -> str:
 
 Name = Annotated[str, Field(pattern=NAME)]
 ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
+AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME)]
 Region = Annotated[str, Field(pattern=REGION)]
 OptionalName = Annotated[
     str,

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.admin import Guard, admin_app, host_name, private_app
 from gateway.listener import admin_listener, bind_tcp, bind_uds, listen
 from gateway.owner import StateError, state_directory, stored_token
-from gateway.sources import RemoteSource, Silent, Source
+from gateway.sources import AdapterChange, AdapterResult, RemoteSource, Silent, Source
 from gateway.state import LocalSource
 from loadtests.engine import FakeEngine
 from tests.support.serving import Serving, serving, settings_for
@@ -82,16 +82,30 @@ async def chat(gateway: Serving, count: int) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_every_route_is_closed_without_the_token(host: str) -> None:
     routes = [route for route in private_app([]).routes if isinstance(route, Route)]
-    assert {route.path for route in routes} == {"/metrics", "/admin/fleet", "/admin/usage"}
+    assert {route.path for route in routes} == {
+        "/metrics",
+        "/admin/fleet",
+        "/admin/usage",
+        "/admin/replicas",
+        "/admin/replicas/{pool}/{replica}",
+        "/admin/replicas/{pool}/{replica}/drain",
+        "/admin/replicas/{pool}/{replica}/undrain",
+        "/admin/adapters",
+        "/admin/adapters/{pool}/{name:path}",
+    }
     async with served(admin_app([], host=host, token=SecretStr(TOKEN))) as client:
         for path in [*(route.path for route in routes), "/admin", "/admin/", "/", "/admin/fleet/", "/metrics/", "//x"]:
-            for method in ("GET", "HEAD", "POST", "OPTIONS"):
+            for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
                 answer = await client.request(method, path)
                 opened = path == "/metrics" and host == "127.0.0.1"
                 assert (answer.status_code != 401) == opened, (method, path)
                 assert opened or answer.headers["www-authenticate"] == "Bearer"
         for route in routes:
-            assert (await client.get(route.path, headers=BEARER)).status_code == 200
+            # With the token each is reached: what is asked for does not exist, and that is said.
+            for method in (route.methods or set()) - {"HEAD"}:
+                answer = await client.request(method, route.path, headers=BEARER)
+                expected = 404 if "{" in route.path else 400 if method == "POST" else 200
+                assert answer.status_code == expected, (method, route.path)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +297,11 @@ async def test_a_defect_is_answered_without_its_text() -> None:
             return []
 
         async def usage(self, limit: int) -> list[dict[str, Any]]:
+            return []
+
+        async def drain(self, pool: str, replica: str, draining: bool) -> None: ...
+
+        async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
             return []
 
     async with served(private_app([Broken()])) as client:

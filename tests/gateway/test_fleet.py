@@ -25,7 +25,7 @@ B = {"url": "http://127.0.0.1:2"}
 async def test_every_name_of_a_model_leads_to_the_same_route() -> None:
     fleet = build_fleet(settings(A), Ticker(), 0.0)
     assert fleet.models["m"] is fleet.models["also"]
-    assert fleet.models["m"].upstream_model == b'"real"'
+    assert fleet.models["m"].upstream_model == "real"
 
 
 async def test_replicas_in_both_configurations_keep_their_identity_and_their_client() -> None:

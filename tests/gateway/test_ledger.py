@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from backends.usage import Usage
 from gateway import ledger as ledger_module
 from gateway.ledger import KEPT_IN_MEMORY, Ledger, as_record
-from gateway.record import Exchange, Outcome, Usage
+from gateway.record import Exchange, Outcome
 
 
 def exchange(number: int = 1) -> Exchange:

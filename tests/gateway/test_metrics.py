@@ -14,10 +14,24 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from gateway.metrics import TTFT_BUCKETS_S, UNKNOWN_MODEL, Histogram, Metrics, process_families, replica_families
-from gateway.record import Exchange, Outcome, Usage
+from backends.usage import Usage
+from gateway.errors import GatewayError
+from gateway.metrics import (
+    TTFT_BUCKETS_S,
+    UNKNOWN_MODEL,
+    Histogram,
+    Metrics,
+    health_families,
+    process_families,
+    replica_families,
+)
+from gateway.record import Exchange, Outcome
+from gateway.verdict import Again, Verdict
+from gateway.watch.witness import Witness
 from loadtests.engine import FakeEngine
 from loadtests.rawclient import CHAT
+from routing.health import Change, Evidence
+from routing.load import Load
 from routing.types import Replica
 from tests.support.http import ask
 from tests.support.serving import serving, settings_for
@@ -52,7 +66,16 @@ def everything() -> list[Metric]:
     metrics = Metrics()
     metrics.observe(settled(usage=Usage(1, 1, 1), cost_usd=0.1, replica="pool-0", attempts=1, first_content_at=11.0))
     replica = Replica("pool-0", "pool", "http://x", "openai")
-    return [*metrics.families(), *replica_families([replica], 0.0), *process_families(1, 2, 3, 4.0)]
+    replica.load = Load(0.0, running=1, waiting=2, kv_use=0.5, prefill_us_per_token=80.0)
+    witness = Witness()
+    witness.changed(replica, Change.EJECTED, "a test")
+    witness.failed(replica, [replica], Verdict(GatewayError("no"), Evidence.FAILED, Again.NEVER))
+    return [
+        *metrics.families(),
+        *replica_families([replica], 0.0),
+        *health_families(witness),
+        *process_families(1, 2, 3, 4.0),
+    ]
 
 
 def test_requests_are_counted_by_model_route_and_outcome() -> None:

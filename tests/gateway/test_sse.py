@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.record import Usage
-from gateway.sse import EventTooLarge, StreamReader
+from backends.sse import EventTooLarge
+from backends.usage import Usage
+from gateway.sse import StreamReader
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}}
 

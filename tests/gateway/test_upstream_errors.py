@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.dialects import DIALECTS
+from backends.dialects.protocol import Fault
 from backends.errors import (
     ConnectFailed,
     ConnectTimeout,
@@ -26,6 +28,7 @@ from gateway.record import Outcome
 from gateway.upstream_errors import (
     MAX_RETRY_AFTER_S,
     clean,
+    error_of,
     from_connection,
     from_status,
     from_stream_event,
@@ -37,7 +40,9 @@ NOW = 1_700_000_000.0
 
 def translated(status: int, body: Any = None, *headers: tuple[bytes, bytes]) -> GatewayError:
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return from_status(status, list(headers), text, NOW)
+    fields = error_of(text)
+    fault = DIALECTS["openai"].judge_error(status, fields)
+    return from_status(status, list(headers), fields, fault, NOW)
 
 
 def shape(error: GatewayError) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def test_long_messages_are_cut() -> None:
 def test_a_quoted_prompt_of_megabytes_costs_nothing() -> None:
     body = json.dumps({"error": {"message": "x/" * 10_000_000}}).encode()
     started_at = time.process_time()
-    from_status(400, [], body, 0.0)
+    from_status(400, [], error_of(body), Fault.REQUEST, 0.0)
     assert time.process_time() - started_at < 0.5
 
 
@@ -211,7 +216,9 @@ def test_no_value_breaks_the_reading(value: bytes) -> None:
     ],
 )
 def test_a_numeric_code_of_an_error_event_is_its_status(event: dict[str, Any], status: int) -> None:
-    error = from_stream_event(event)
+    said = from_stream_event(event)
+    fault = DIALECTS["openai"].judge_error(said.upstream_status, said.fields)
+    error = from_status(said.upstream_status, [], said.fields, fault, NOW)
     assert error.status == status
     shape(error)
 

@@ -15,6 +15,11 @@ from gateway.config.tree import setting_paths
 
 ROOT = Path(__file__).parents[3]
 TOKEN = "0123456789abcdef"
+HOSTED_KEYS = {
+    f"{api}_API_KEY": "k"
+    for api in ("OPENAI", "AZURE_OPENAI", "DEEPSEEK", "OPENROUTER", "TOGETHER", "HOLYSHEEP", "BASETEN")
+}
+"""What configs/hosted.yaml wants in its environment."""
 
 MINIMAL = """\
 models:
@@ -150,8 +155,26 @@ def test_serving_nothing_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_example_loads(path: Path) -> None:
-    secrets = {"OPENROUTER_API_KEY": "a", "SPILL_API_KEY": "b", "GATEWAY_ADMIN_TOKEN": TOKEN}
+    secrets = {"SPILL_API_KEY": "b", "GATEWAY_ADMIN_TOKEN": TOKEN, **HOSTED_KEYS}
     assert load(path, secrets).models
+
+
+def test_the_hosted_example_has_each_api_with_a_key_of_its_own() -> None:
+    settings = load(ROOT / "configs" / "hosted.yaml", HOSTED_KEYS)
+    backends = settings.backends
+    assert {backend.engine for backend in backends.values()} == {
+        "openai",
+        "azure",
+        "deepseek",
+        "openrouter",
+        "baseten",
+    }
+    assert all(backend.api_key is not None for backend in backends.values())
+    assert all(backend.hosted for backend in backends.values() if backend.engine == "openai")
+    assert {model.backend for model in settings.models.values()} == set(backends)
+    for name in HOSTED_KEYS:
+        with pytest.raises(ConfigError, match=name):
+            load(ROOT / "configs" / "hosted.yaml", {key: "k" for key in HOSTED_KEYS if key != name})
 
 
 def test_the_complete_example_has_every_setting() -> None:

@@ -85,7 +85,7 @@ BAD = [
         "      - http://b",
         7,
         "backends.pool.replicas[1]",
-        '"http://b" is not a mapping; it can have: url, region',
+        '"http://b" is not a mapping; it can have: url, engine',
     ),
     (
         "      - {region: a}",
@@ -146,7 +146,7 @@ BAD = [
         "backends.two.replicas",
         "is empty: at least one entry is needed",
     ),
-    ("  two:", 7, "backends.two", "null is not a mapping; it can have: engine, api_key"),
+    ("  two:", 7, "backends.two", "null is not a mapping; it can have: engine, hosted"),
     # secrets
     ("admin: {token: {}}", 7, "admin.token", "needs exactly one of env and file"),
     ("admin: {token: {env: A, file: b}}", 7, "admin.token", "needs exactly one of env and file"),
@@ -346,7 +346,13 @@ def test_an_unknown_key_is_reported_at_any_level(
     assume(child(kind, key) is None)
     data: dict[str, Any] = {
         "models": {"chat": {"backend": "pool"}},
-        "backends": {"pool": {"engine": "sglang", "replicas": [{"url": "http://a"}]}},
+        "backends": {
+            "pool": {
+                "engine": "sglang",
+                "replicas": [{"url": "http://a"}],
+                "adapters": [{"name": "a", "path": "/a"}],
+            }
+        },
     }
     here: Any = data
     for part in re.findall(r"\w+|\[\]", path):

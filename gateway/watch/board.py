@@ -1,0 +1,172 @@
+"""Takes in what the workers tell each other, and changes this worker's replicas accordingly."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TypeVar
+
+import msgspec
+
+from backends.dialects.protocol import Readiness
+from backends.side import Trouble
+from backends.signals import ADAPTERS as ADAPTERS_SIGNAL
+from backends.signals import LOAD as LOAD_SIGNAL
+from backends.upstream import Upstream
+from gateway.runtime import Runtime
+from gateway.store.protocol import Fact
+from gateway.watch import notes
+from routing.health import Change, heed_ejection
+from routing.load import Load
+from routing.types import Replica
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Board:
+    """One worker's reading of the shared facts."""
+
+    def __init__(self, runtime: Runtime, holder: str) -> None:
+        self._runtime = runtime
+        self._holder = holder
+        """This worker's name, whose own ejections are known already."""
+
+    def reset(self) -> None:
+        """Forget what only facts can hold in place."""
+        for upstream in self._runtime.fleet.upstreams():
+            upstream.replica.draining = False
+
+    def apply(self, fact: Fact, *, old: bool = False) -> None:
+        """Take one fact in; an old one was posted before this reading began.
+
+        What cannot be read, or is about a replica that is not here, is passed over.
+        """
+        kind, pool_name, replica_name, observer = (*fact.key.split("/", 3), "", "", "")[:4]
+        pool = self._runtime.fleet.pools.get(pool_name)
+        if pool is None:
+            return
+        for replica, upstream in pool.upstreams.items():
+            if replica.name == replica_name:
+                self._apply(kind, observer, replica, upstream, pool.replicas, fact.value, old)
+                return
+
+    def _apply(
+        self,
+        kind: str,
+        observer: str,
+        replica: Replica,
+        upstream: Upstream,
+        pool: tuple[Replica, ...],
+        value: bytes | None,
+        old: bool,
+    ) -> None:
+        now = time.monotonic()
+        if kind == notes.DRAIN:
+            self._drain(replica, value is not None)
+        elif value is None:
+            if kind == notes.LOAD:
+                replica.load = None
+        elif kind == notes.PROBE:
+            self._probe(replica, upstream, _read(value, notes.ProbeNote), now)
+        elif kind == notes.LOAD:
+            _load(replica, upstream, _read(value, notes.LoadNote), now)
+        elif kind == notes.INFO:
+            _info(replica, upstream, _read(value, notes.InfoNote))
+        elif kind == notes.ADAPTERS:
+            _adapters(replica, upstream, _read(value, notes.AdaptersNote))
+        elif kind == notes.EJECTED and observer != self._holder:
+            note = _read(value, notes.EjectionNote)
+            if note is not None:
+                change = heed_ejection(replica, pool, observer, now + note.until_unix_s - time.time(), now)
+                if change is not None:
+                    # Not told further: others would take one observation for two.
+                    self._runtime.witness.changed(replica, change, "other workers have ejected it", told=True)
+        elif kind == notes.RECOVERED and observer != self._holder and not old:
+            replica.health.hint_recovered(now)
+
+    def _probe(self, replica: Replica, upstream: Upstream, note: notes.ProbeNote | None, now: float) -> None:
+        if note is None:
+            return
+        was_reachable = replica.health.unavailable_reason(now) != "cooling_down"
+        if note.readiness == Readiness.UNAUTHORIZED:
+            if replica.credential is not None and replica.credential.refused(now, 403):
+                logger.warning("pool %s: %s refuses the key: %s", replica.pool, replica.name, note.detail)
+        elif note.readiness is not None:
+            ready = note.readiness == Readiness.READY
+            before = replica.health.unavailable_reason(now)
+            replica.health.probed(ready, now)
+            after = replica.health.unavailable_reason(now)
+            if before != after and not ready:
+                logger.warning("replica %s takes no new work: %s", replica.name, note.detail)
+            elif before != after and after is None:
+                logger.info("replica %s is ready again", replica.name)
+        else:
+            refused = note.trouble == Trouble.REFUSED
+            replica.health.probe_failed(refused, now)
+            if refused and was_reachable:
+                self._runtime.witness.changed(replica, Change.UNREACHABLE, note.detail)
+        if (note.trouble == Trouble.REFUSED) and upstream.dialect.strands_requests:
+            self._runtime.abandon(replica)
+
+    def _drain(self, replica: Replica, draining: bool) -> None:
+        if replica.draining != draining:
+            replica.draining = draining
+            text = "is drained: no new work" if draining else "takes work again"
+            logger.info("replica %s %s", replica.name, text)
+
+
+def _load(replica: Replica, upstream: Upstream, note: notes.LoadNote | None, now: float) -> None:
+    if note is None:
+        return
+    load = note.load
+    previous = replica.load
+    replica.load = Load(
+        observed_at=now,
+        running=load.running,
+        waiting=load.waiting,
+        waiting_uncached_tokens=load.waiting_uncached_tokens,
+        kv_use=load.kv_use,
+        kv_used_tokens=load.kv_used_tokens,
+        kv_capacity_tokens=load.kv_capacity_tokens,
+        # A report without new prefill says nothing about its speed; the last known one still holds.
+        prefill_us_per_token=note.prefill_us_per_token
+        if note.prefill_us_per_token is not None or previous is None
+        else previous.prefill_us_per_token,
+        adapter_slots=load.adapter_slots,
+        adapter_slots_used=load.adapter_slots_used,
+    )
+    upstream.signals.has(LOAD_SIGNAL)
+    upstream.counts_work = load.prefill_tokens_total is not None or load.generated_tokens_total is not None
+    upstream.check_progress(note.progressed, now)
+
+
+def _info(replica: Replica, upstream: Upstream, note: notes.InfoNote | None) -> None:
+    if note is None:
+        return
+    if replica.epoch is not None and replica.epoch != note.epoch:
+        logger.info("replica %s has begun anew: its cache is empty", replica.name)
+        replica.adapters = None
+        upstream.adapters = ()
+    replica.epoch = note.epoch
+    upstream.info = note.info
+    for signal, reason in note.info.lacks:
+        upstream.signals.lacks(signal, reason)
+
+
+def _adapters(replica: Replica, upstream: Upstream, note: notes.AdaptersNote | None) -> None:
+    if note is None:
+        return
+    upstream.adapters = note.adapters
+    replica.adapters = frozenset(each.name for each in note.adapters if each.resident)
+    upstream.signals.has(ADAPTERS_SIGNAL)
+
+
+def _read(value: bytes, kind: type[T]) -> T | None:
+    """The note, or None when it is not one: another version of Tidegate may have written it."""
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except msgspec.DecodeError as error:
+        logger.debug("a note of another form: %s", error)
+        return None

@@ -1,0 +1,101 @@
+"""Follows the KV-cache events of one replica, for as long as it is in the fleet.
+
+Every worker listens for itself: the engine publishes once, whoever subscribes gets it, and what is learned is only of
+use where decisions are made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+import zmq
+
+from backends.dialects.protocol import KvEventsEndpoint
+from backends.kvevents.endpoint import EndpointRefused
+from backends.kvevents.subscriber import KvSubscriber, Socket
+from backends.kvevents.view import KvView, Summary
+from backends.signals import KV_EVENTS
+from backends.upstream import Upstream
+from gateway.config import KvEvents
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+_ASK_AGAIN_S = 1.0
+_REFUSED_AGAIN_S = 30.0
+
+
+class KvListener:
+    """The streams of all data-parallel ranks of a replica, and what they tell."""
+
+    def __init__(self, upstream: Upstream, settings: KvEvents, context: zmq.Context[Socket]) -> None:
+        self._upstream = upstream
+        self.settings = settings
+        self._context = context
+        self._view = KvView()
+        self._subscribers: dict[int, KvSubscriber] = {}
+
+    def summary(self) -> Summary:
+        """What the replica's cache holds, as far as it was told."""
+        return self._view.summary({rank: each.report() for rank, each in self._subscribers.items()})
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        while True:
+            endpoint = self._endpoint()
+            if endpoint is None:
+                await asyncio.sleep(_ASK_AGAIN_S)
+                continue
+            try:
+                self._subscribers = self._make(endpoint)
+            except EndpointRefused as error:
+                self._upstream.signals.lacks(KV_EVENTS, str(error))
+                await asyncio.sleep(_REFUSED_AGAIN_S)
+                continue
+            self._upstream.signals.has(KV_EVENTS)
+            await self._listen(endpoint)
+
+    async def _listen(self, endpoint: KvEventsEndpoint) -> None:
+        """Until the engine names another endpoint; a new life of the engine starts the streams anew."""
+        epoch = self._upstream.replica.epoch
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(each.run()) for each in self._subscribers.values()]
+            while self._endpoint() in (endpoint, None):
+                await asyncio.sleep(_ASK_AGAIN_S)
+                if self._upstream.replica.epoch not in (epoch, None):
+                    if epoch is not None:
+                        for each in self._subscribers.values():
+                            each.engine_restarted()
+                    epoch = self._upstream.replica.epoch
+            for task in running:
+                task.cancel()
+
+    def _endpoint(self) -> KvEventsEndpoint | None:
+        """Where to listen; None while the engine has not said."""
+        settings = self.settings
+        info = self._upstream.info
+        told = None if info is None else info.kv_events
+        if settings.endpoint != AUTO:
+            dp_size = 1 if info is None else info.dp_size
+            return KvEventsEndpoint(settings.endpoint, settings.replay_endpoint, settings.topic, dp_size=dp_size)
+        if info is not None and told is None:
+            self._upstream.signals.lacks(KV_EVENTS, "the engine does not say where it publishes them; set the endpoint")
+        return None if told is None else replace(told, topic=settings.topic or told.topic)
+
+    def _make(self, endpoint: KvEventsEndpoint) -> dict[int, KvSubscriber]:
+        rank = self._upstream.replica.dp_rank
+        ranks = range(endpoint.dp_size) if rank is None else (rank,)
+        side = self._upstream.side
+        return {
+            rank: KvSubscriber(
+                endpoint,
+                host=side.host,
+                sink=self._view.rank(rank),
+                context=self._context,
+                rank=rank,
+                configured=self.settings.endpoint != AUTO,
+            )
+            for rank in ranks
+        }

@@ -1,0 +1,65 @@
+"""What workers tell each other about replicas, as facts in the store.
+
+Keys are `<kind>/<pool>/<replica>`; an ejection has its observer at the end. Values are JSON. Times travel as seconds
+from now or as wall-clock time, never as a monotonic clock, which means nothing to another process.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad
+from routing.types import Replica
+
+PROBE = "probe"
+LOAD = "load"
+INFO = "info"
+ADAPTERS = "adapters"
+DRAIN = "drain"
+EJECTED = "ejected"
+RECOVERED = "recovered"
+
+
+class ProbeNote(msgspec.Struct, frozen=True):
+    """What a probe showed: an answer (a `Readiness`), or that there was none (a `Trouble`)."""
+
+    readiness: str | None
+    trouble: str | None
+    detail: str = ""
+
+
+class LoadNote(msgspec.Struct, frozen=True):
+    """An engine's own report, and what follows from it and the one before."""
+
+    load: EngineLoad
+    prefill_us_per_token: float | None
+    progressed: bool
+    """The engine's own counters moved since the report before."""
+
+
+class InfoNote(msgspec.Struct, frozen=True):
+    info: EngineInfo
+    epoch: str
+    """The engine's own, or one that counts its returns where it has none."""
+
+
+class AdaptersNote(msgspec.Struct, frozen=True):
+    adapters: tuple[Adapter, ...]
+
+
+class DrainNote(msgspec.Struct, frozen=True):
+    since_unix_s: float
+
+
+class EjectionNote(msgspec.Struct, frozen=True):
+    until_unix_s: float
+
+
+def replica_key(replica: Replica) -> str:
+    """How a replica is called between workers: `<pool>/<name>`."""
+    return f"{replica.pool}/{replica.name}"
+
+
+def key(kind: str, replica: Replica, observer: str = "") -> str:
+    """The key of a fact about a replica."""
+    return f"{kind}/{replica_key(replica)}" + (f"/{observer}" if observer else "")

@@ -1,0 +1,234 @@
+"""Asks one replica how it is, again and again. Of several workers the one that holds the lease does.
+
+Two questions are cheap and asked often: whether the engine takes work, and how busy it is. What it is, and which
+adapters it holds, is asked when it came back and now and then. Answers are posted as facts, which every worker,
+this one included, takes in through its `Board`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from random import Random
+
+import msgspec
+
+from backends.dialects.protocol import Adapter, AdapterRefused, EngineInfo, EngineLoad, NotOffered, Readiness
+from backends.side import SideChannelError, Trouble
+from backends.signals import ADAPTERS, INFO, LOAD
+from backends.upstream import Upstream
+from gateway.config import Backend
+from gateway.store.protocol import Store, StoreError
+from gateway.watch import notes
+
+logger = logging.getLogger(__name__)
+
+OWN_PROBE_S = 2.0
+HOSTED_PROBE_S = 30.0
+INFO_S = 30.0
+ADAPTERS_S = 5.0
+NOT_OFFERED_S = 60.0
+"""How long what an engine does not offer is not asked for again, unless it begins anew before."""
+LONGEST_FACT_S = 86_400.0
+
+
+class Patrol:
+    """One worker's rounds at one replica."""
+
+    def __init__(self, upstream: Upstream, backend: Backend, model: str | None, store: Store, holder: str) -> None:
+        """`model`: the name that its requests carry; a hosted API is asked about that one."""
+        self._upstream = upstream
+        self._health = backend.health
+        self._wanted = {each.name: each.path for each in backend.adapters}
+        self._model = upstream.model or model
+        self._store = store
+        self._holder = holder
+        self._due: dict[str, float] = {}
+        self._last_load: EngineLoad | None = None
+        self._was_away = True
+        self._returns = 0
+        self._epoch = ""
+        self._asked_for: set[str] = set()
+        """Adapters this worker has had loaded since the engine began; engines may drop them again as they like."""
+        hosted = upstream.hosted
+        self._probe_s = self._health.probe_interval_s or (HOSTED_PROBE_S if hosted else OWN_PROBE_S)
+        self.made_a_round = asyncio.Event()
+        self.round_s = self._probe_s if hosted else min(self._probe_s, self._health.load_interval_s)
+        """Seconds between rounds."""
+
+    @property
+    def lease(self) -> str:
+        return f"watch/{notes.replica_key(self._upstream.replica)}"
+
+    async def run(self, rng: Random) -> None:
+        """Make rounds until cancelled. The first begins at once; the others are spread, so that fleets do not beat."""
+        try:
+            while True:
+                await self._round()
+                self.made_a_round.set()
+                await asyncio.sleep(self.round_s * rng.uniform(0.9, 1.1))
+        finally:
+            with suppress(StoreError):
+                await self._store.release(self.lease, self._holder)
+
+    async def _round(self) -> None:
+        replica = self._upstream.replica
+        now = time.monotonic()
+        self._upstream.check_progress(False, now)
+        if replica.health.unavailable_reason(now) == "half_open" and await self._may_try():
+            replica.health.begin_trial(now)
+        if await self._claim("watch"):
+            await asyncio.gather(*(ask() for ask in (self._probe, self._ask_load)))
+            if not self._was_away:
+                await self._ask_info()
+                await self._ask_adapters()
+        else:
+            # Whoever holds the lease knows better what has changed meanwhile; begin from nothing when it is ours.
+            self._due.clear()
+            self._last_load = None
+
+    async def _may_try(self) -> bool:
+        """Whether this worker is the one to send an ejected replica a request; without a store, each is."""
+        try:
+            return await self._claim("trial")
+        except StoreError:
+            return True
+
+    async def _claim(self, job: str) -> bool:
+        lease = f"{job}/{notes.replica_key(self._upstream.replica)}"
+        return await self._store.claim(lease, self._holder, max(5.0, 3 * self.round_s))
+
+    def _is_due(self, question: str, interval_s: float) -> bool:
+        now = time.monotonic()
+        if now < self._due.get(question, 0.0):
+            return False
+        # Early by half a round rather than late by one.
+        self._due[question] = now + interval_s - self.round_s / 2
+        return True
+
+    async def _post(self, kind: str, note: msgspec.Struct, ttl_s: float) -> None:
+        await self._store.post(notes.key(kind, self._upstream.replica), msgspec.json.encode(note), ttl_s)
+
+    async def _probe(self) -> None:
+        if not self._health.probe or not self._is_due("probe", self._probe_s):
+            self._was_away &= self._health.probe
+            return
+        upstream = self._upstream
+        try:
+            readiness = await upstream.dialect.probe(upstream.side, self._model)
+            detail = "it says that it is not ready" if readiness is Readiness.NOT_READY else f"probe: {readiness}"
+            note = notes.ProbeNote(readiness, None, detail)
+        except SideChannelError as error:
+            note = notes.ProbeNote(None, error.trouble, str(error))
+        except NotOffered:
+            return
+        away = note.trouble == Trouble.REFUSED or note.readiness == Readiness.NOT_READY
+        if self._was_away and not away:
+            self._returns += 1
+            self._due.pop("info", None)
+            self._due.pop("adapters", None)
+        self._was_away = away
+        await self._post(notes.PROBE, note, 3 * self._probe_s + self._health.timeout_s)
+
+    async def _ask_load(self) -> None:
+        upstream = self._upstream
+        if upstream.hosted or not self._is_due(LOAD, self._health.load_interval_s):
+            return
+        try:
+            load = await upstream.dialect.load(upstream.side, upstream.replica.dp_rank)
+        except NotOffered as error:
+            upstream.signals.lacks(LOAD, str(error))
+            self._due[LOAD] = time.monotonic() + NOT_OFFERED_S
+            return
+        except SideChannelError as error:
+            logger.debug("load of %s: %s", upstream.replica.name, error)
+            return
+        last, self._last_load = self._last_load, load
+        note = notes.LoadNote(load, prefill_speed(last, load), has_progressed(last, load))
+        await self._post(notes.LOAD, note, 5 * self._health.load_interval_s + self._health.timeout_s)
+
+    async def _ask_info(self) -> None:
+        if not self._is_due(INFO, INFO_S):
+            return
+        upstream = self._upstream
+        try:
+            info = await upstream.dialect.info(upstream.side)
+        except (NotOffered, SideChannelError) as error:
+            logger.debug("info of %s: %s", upstream.replica.name, error)
+            self._due[INFO] = time.monotonic() + self.round_s
+            return
+        epoch = info.epoch or f"return {self._returns}"
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._asked_for.clear()
+            self._last_load = None
+            self._due.pop(LOAD, None)
+            self._check_model(info)
+        await self._post(notes.INFO, notes.InfoNote(info, epoch), LONGEST_FACT_S)
+
+    def _check_model(self, info: EngineInfo) -> None:
+        """Say so when an engine serves other names than it will be asked for: SGLang answers all the same."""
+        if self._model is not None and info.models and self._model not in info.models:
+            logger.warning(
+                "replica %s serves %s, and is asked for %r; set upstream_model if that is another model",
+                self._upstream.replica.name,
+                ", ".join(map(repr, info.models[:5])),
+                self._model,
+            )
+
+    async def _ask_adapters(self) -> None:
+        upstream = self._upstream
+        if upstream.hosted or not self._is_due(ADAPTERS, ADAPTERS_S):
+            return
+        try:
+            adapters = await upstream.dialect.adapters(upstream.side)
+            adapters = await self._load_wanted(adapters)
+        except NotOffered as error:
+            self._due[ADAPTERS] = time.monotonic() + NOT_OFFERED_S
+            if self._wanted:
+                upstream.signals.lacks(ADAPTERS, str(error))
+            return
+        except SideChannelError as error:
+            logger.debug("adapters of %s: %s", upstream.replica.name, error)
+            return
+        await self._post(notes.ADAPTERS, notes.AdaptersNote(adapters), LONGEST_FACT_S)
+
+    async def _load_wanted(self, adapters: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
+        """Have the configured adapters loaded that are not, once in each life of the engine."""
+        there = {each.name for each in adapters if each.resident}
+        missing = [name for name in self._wanted if name not in there and name not in self._asked_for]
+        upstream = self._upstream
+        for name in missing:
+            self._asked_for.add(name)
+            try:
+                await upstream.dialect.load_adapter(upstream.side, name, self._wanted[name])
+                logger.info("replica %s has loaded the adapter %s", upstream.replica.name, name)
+            except AdapterRefused as error:
+                logger.warning("replica %s does not load the adapter %s: %s", upstream.replica.name, name, error)
+        return await upstream.dialect.adapters(upstream.side) if missing else adapters
+
+
+def prefill_speed(before: EngineLoad | None, now: EngineLoad) -> float | None:
+    """Microseconds per uncached prompt token between two reports; None when nothing was prefilled, or nobody says."""
+    if before is None or before.prefill_tokens_total is None or now.prefill_tokens_total is None:
+        return None
+    if before.prefill_busy_s_total is None or now.prefill_busy_s_total is None:
+        return None
+    tokens = now.prefill_tokens_total - before.prefill_tokens_total
+    busy_s = now.prefill_busy_s_total - before.prefill_busy_s_total
+    return busy_s * 1e6 / tokens if tokens > 0 and busy_s >= 0 else None
+
+
+def has_progressed(before: EngineLoad | None, now: EngineLoad) -> bool:
+    """Whether the engine's counters of its own work moved between two reports."""
+    if before is None:
+        return False
+    return any(
+        earlier is not None and later is not None and later > earlier
+        for earlier, later in (
+            (before.prefill_tokens_total, now.prefill_tokens_total),
+            (before.generated_tokens_total, now.generated_tokens_total),
+        )
+    )

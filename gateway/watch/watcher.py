@@ -1,0 +1,202 @@
+"""One worker's watch over the fleet: a patrol at every replica, and one reader of what the workers post."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from random import Random
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from backends.upstream import Upstream
+from gateway.config import KvEvents
+from gateway.fleet import Pool
+from gateway.runtime import Runtime
+from gateway.store.protocol import START, Store, StoreError
+from gateway.watch import notes
+from gateway.watch.board import Board
+from gateway.watch.patrol import Patrol
+from routing.health import Change
+from routing.types import Replica
+
+if TYPE_CHECKING:  # imported where it is used: ZeroMQ is loaded only where KV events are followed
+    import zmq
+
+    from backends.kvevents.subscriber import Socket
+    from gateway.watch.kv_listener import KvListener
+
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 10.0
+_AGAIN_S = 1.0
+_RECOVERED_S = 5.0
+
+
+class Watcher:
+    """Starts with `start`, follows reloads with `refresh`, ends with `aclose`. Belongs to one event loop."""
+
+    def __init__(self, runtime: Runtime, rng: Random) -> None:
+        self._runtime = runtime
+        self._store: Store = runtime.store
+        self._rng = rng
+        self._holder = f"{os.getpid()}-{secrets.token_hex(6)}"
+        self._board = Board(runtime, self._holder)
+        self._patrols: dict[Upstream, asyncio.Task[None]] = {}
+        self._rounds: list[Patrol] = []
+        self._listeners: dict[Upstream, tuple[KvListener, asyncio.Task[None]]] = {}
+        self._zmq: zmq.Context[Socket] | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._runtime.witness.on_change = self._share
+        self.refresh()
+
+    async def first_look(self, within_s: float) -> None:
+        """Wait until each replica was asked once and the answers are taken in, but not for long.
+
+        Without it the first requests would meet engines of which nothing is known: a llama.cpp whose adapters must be
+        switched off by number, a replica that is away.
+        """
+        try:
+            async with asyncio.timeout(within_s):
+                await asyncio.gather(*(patrol.made_a_round.wait() for patrol in self._rounds))
+                facts = await self._store.read_since(START)
+        except (TimeoutError, StoreError):
+            return
+        for fact in facts.changes:
+            self._board.apply(fact, old=True)
+
+    def refresh(self) -> None:
+        """Watch the fleet as it is now: after a start and after every reload."""
+        fleet = self._runtime.fleet
+        kept: dict[Upstream, asyncio.Task[None]] = {}
+        rounds: list[Patrol] = []
+        for pool in fleet.pools.values():
+            model = self._model_of(pool)
+            for upstream in pool.upstreams.values():
+                # Settings may have changed: every patrol begins anew, which costs one round of questions.
+                patrol = Patrol(upstream, pool.settings, model, self._store, self._holder)
+                rounds.append(patrol)
+                kept[upstream] = asyncio.create_task(self._walk(patrol), name=f"patrol {upstream.replica.name}")
+        for task in self._patrols.values():
+            task.cancel()
+        self._patrols = kept
+        self._rounds = rounds
+        self._refresh_listeners()
+        if self._reader is not None:
+            self._reader.cancel()
+        self._reader = asyncio.create_task(self._read(), name="board")
+
+    def _refresh_listeners(self) -> None:
+        """Follow the KV events of the replicas that are to be followed; those that were keep what they know."""
+        listeners: dict[Upstream, tuple[KvListener, asyncio.Task[None]]] = {}
+        for pool in self._runtime.fleet.pools.values():
+            wanted = {entry.name: entry.kv_events for entry in pool.settings.replicas}
+            for upstream in pool.upstreams.values():
+                settings = wanted.get(upstream.replica.name)
+                if settings is None:
+                    continue
+                before = self._listeners.pop(upstream, None)
+                if before is not None and before[0].settings == settings:
+                    listeners[upstream] = before
+                    continue
+                if before is not None:
+                    before[1].cancel()
+                listener = self._listener(upstream, settings)
+                task = asyncio.create_task(listener.run(), name=f"kv events {upstream.replica.name}")
+                listeners[upstream] = (listener, task)
+        for _, task in self._listeners.values():
+            task.cancel()
+        self._listeners = listeners
+        self._runtime.kv_listeners = {upstream.replica: listener for upstream, (listener, _) in listeners.items()}
+
+    def _listener(self, upstream: Upstream, settings: KvEvents) -> KvListener:
+        import zmq
+
+        from gateway.watch.kv_listener import KvListener
+
+        if self._zmq is None:
+            self._zmq = zmq.Context()
+        return KvListener(upstream, settings, self._zmq)
+
+    async def aclose(self) -> None:
+        self._runtime.witness.on_change = None
+        listening = [task for _, task in self._listeners.values()]
+        tasks = [*listening, *self._patrols.values(), *([self._reader] if self._reader is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._patrols.clear()
+        self._listeners.clear()
+        self._reader = None
+        if self._zmq is not None:
+            self._zmq.term()
+            self._zmq = None
+
+    def _model_of(self, pool: Pool) -> str | None:
+        """The name under which a pool's model is asked for: that of the first model that uses it."""
+        for route in self._runtime.fleet.models.values():
+            if route.pool is pool:
+                return route.upstream_model or route.name
+        return None
+
+    async def _walk(self, patrol: Patrol) -> None:
+        """Keep a patrol going whatever happens to the store or in it."""
+        while True:
+            try:
+                await patrol.run(self._rng)
+            except StoreError as error:
+                logger.debug("patrol: %s", error)
+            except Exception:
+                logger.exception("a replica's patrol failed; it goes on in a moment")
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _read(self) -> None:
+        cursor = START
+        unavailable = False
+        while True:
+            try:
+                facts = await self._store.read_since(cursor, _WAIT_S)
+            except StoreError as error:
+                if not unavailable:
+                    logger.warning("%s; replicas are judged by this worker's own requests alone", error)
+                unavailable = True
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            unavailable = False
+            cursor = facts.cursor
+            if facts.reset:
+                self._board.reset()
+            for fact in facts.changes:
+                try:
+                    self._board.apply(fact, old=facts.reset)
+                except Exception:
+                    logger.exception("a note about a replica could not be used")
+
+    def _share(self, replica: Replica, change: Change) -> None:
+        """Tell the other workers what this one has seen. In the background: no request waits for it."""
+        if change is Change.EJECTED:
+            self._runtime.spawn(self._post_ejection(replica))
+        elif change is Change.RECOVERED:
+            self._runtime.spawn(self._post_recovery(replica))
+
+    async def _post_ejection(self, replica: Replica) -> None:
+        left_s = replica.health.ejection.until - time.monotonic()
+        if left_s > 0:
+            note = notes.EjectionNote(time.time() + left_s)
+            await self._quietly(notes.key(notes.EJECTED, replica, self._holder), note, left_s)
+
+    async def _post_recovery(self, replica: Replica) -> None:
+        await self._quietly(
+            notes.key(notes.RECOVERED, replica, self._holder), notes.EjectionNote(time.time()), _RECOVERED_S
+        )
+
+    async def _quietly(self, key: str, note: msgspec.Struct, ttl_s: float) -> None:
+        try:
+            await self._store.post(key, msgspec.json.encode(note), ttl_s)
+        except StoreError as error:
+            logger.debug("not shared: %s", error)
