@@ -24,15 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from routing.cooldown import FIRST_COOLDOWN_S, MAX_COOLDOWN_S, Cooldown
 from routing.credential import Credential
 from routing.ejection import Ejection, Rules
 from routing.evidence import Change, Evidence, HealthState
-
-if TYPE_CHECKING:
-    from routing.types import Replica
 
 __all__ = [
     "FIRST_COOLDOWN_S",
@@ -343,7 +340,14 @@ class Health:
 _ANSWERED = Evidence.ANSWERED
 
 
-def observe(replica: Replica, pool: Sequence[Replica], evidence: Evidence, now: float) -> Change | None:
+class Judged(Protocol):
+    """What has a health: a replica."""
+
+    @property
+    def health(self) -> Health: ...
+
+
+def observe(replica: Judged, pool: Sequence[Judged], evidence: Evidence, now: float) -> Change | None:
     """Record what one attempt showed, and draw the consequences; what changed, for a log line or a shared fact.
 
     `pool` holds all replicas that could stand in for this one, itself included: no more than
@@ -367,7 +371,7 @@ def observe(replica: Replica, pool: Sequence[Replica], evidence: Evidence, now: 
     return health.failed(now, _room(replica, pool))
 
 
-def heed_ejection(replica: Replica, pool: Sequence[Replica], observer: str, until: float, now: float) -> Change | None:
+def heed_ejection(replica: Judged, pool: Sequence[Judged], observer: str, until: float, now: float) -> Change | None:
     """Another worker says that it has ejected the replica until then: follow it or not, under the same ceiling.
 
     What comes of it is not to be told to others: they would count one observation twice.
@@ -378,7 +382,7 @@ def heed_ejection(replica: Replica, pool: Sequence[Replica], observer: str, unti
     return Change.EJECTED
 
 
-def _room(replica: Replica, pool: Sequence[Replica]) -> bool:
+def _room(replica: Judged, pool: Sequence[Judged]) -> bool:
     """Whether the replica may be out, given how many others are. One that is out already may stay so."""
     health = replica.health
     if health.ejection.out:
