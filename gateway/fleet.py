@@ -141,12 +141,15 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
     same_client = previous is not None and _client(previous.settings) == _client(backend)
     credential = Credential() if previous is None or not same_client else previous.credential
     rules = _rules(backend)
+    # Until the facts are read again: a new address under an old name is still the replica that was drained.
+    drained = {replica.name for replica in previous.replicas if replica.draining} if previous is not None else set()
     upstreams: dict[Replica, Upstream] = {}
     for entry in backend.replicas:
         engine = entry.engine or backend.engine
         replica = old.get((entry.url, entry.dp_rank)) or Replica(
             entry.name, name, entry.url, engine, health=Health(rules, Random())
         )
+        replica.draining |= entry.name in drained
         unchanged = same_client and replica.engine == engine
         replica.name = entry.name
         replica.engine = engine

@@ -17,8 +17,8 @@ def exclusion_reason(request: InferenceRequest, replica: Replica, now: float, tr
     """The first rule that excludes the replica, as a low-cardinality word; None when none does."""
     if request.regions and replica.region not in request.regions:
         return "region"
-    if request.adapter is not None and replica.adapters is not None and request.adapter not in replica.adapters:
-        return "adapter"
+    if request.adapter is not None and (replica.adapters is None or request.adapter not in replica.adapters):
+        return "adapter"  # unknown is no: SGLang answers for adapters it does not have, from its base model
     if replica in tried:
         return "already_tried"
     return replica.unavailable_reason(now)

@@ -79,6 +79,7 @@ class OpenAI:
     hosted = False
     priority = Priority.NONE
     reserved: frozenset[str] = frozenset()
+    adapters_by_path = False
     strands_requests = False
 
     def head_fields(self, api_key: str | None) -> Sequence[tuple[str, str]]:

@@ -70,6 +70,7 @@ class TrtLlm(OpenAI):
 
     name = "trtllm"
     priority = Priority.HIGHER_FIRST
+    adapters_by_path = True
     reserved = frozenset(
         {
             "agent_hierarchy",

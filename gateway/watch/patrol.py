@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 from random import Random
 
 import msgspec
@@ -20,7 +21,7 @@ from backends.side import SideChannelError, Trouble
 from backends.signals import ADAPTERS, INFO, LOAD
 from backends.upstream import Upstream
 from gateway.config import Backend
-from gateway.store.protocol import Store, StoreError
+from gateway.store.protocol import MAX_VALUE_BYTES, Store, StoreError
 from gateway.watch import notes
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ ADAPTERS_S = 5.0
 NOT_OFFERED_S = 60.0
 """How long what an engine does not offer is not asked for again, unless it begins anew before."""
 LONGEST_FACT_S = 86_400.0
+MANY_ADAPTERS = 200
+"""Beyond this many their paths are left out of what workers tell each other; names alone are short."""
 
 
 class Patrol:
@@ -109,7 +112,11 @@ class Patrol:
         return True
 
     async def _post(self, kind: str, note: msgspec.Struct, ttl_s: float) -> None:
-        await self._store.post(notes.key(kind, self._upstream.replica), msgspec.json.encode(note), ttl_s)
+        value = msgspec.json.encode(note)
+        if len(value) > MAX_VALUE_BYTES:
+            self._upstream.signals.lacks(kind, f"its answer makes a note of {len(value)} bytes, which is too large")
+            return
+        await self._store.post(notes.key(kind, self._upstream.replica), value, ttl_s)
 
     async def _probe(self) -> None:
         if not self._health.probe or not self._is_due("probe", self._probe_s):
@@ -187,17 +194,23 @@ class Patrol:
             adapters = await self._load_wanted(adapters)
         except NotOffered as error:
             self._due[ADAPTERS] = time.monotonic() + NOT_OFFERED_S
-            if self._wanted:
-                upstream.signals.lacks(ADAPTERS, str(error))
-            return
+            if not self._wanted:
+                return
+            upstream.signals.lacks(ADAPTERS, str(error))
+            if not upstream.dialect.adapters_by_path:
+                return
+            adapters = upstream.configured_adapters
         except SideChannelError as error:
             logger.debug("adapters of %s: %s", upstream.replica.name, error)
             return
+        if len(adapters) > MANY_ADAPTERS:
+            adapters = tuple(replace(each, path=None) for each in adapters)
         await self._post(notes.ADAPTERS, notes.AdaptersNote(adapters), LONGEST_FACT_S)
 
     async def _load_wanted(self, adapters: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
         """Have the configured adapters loaded that are not, once in each life of the engine."""
         there = {each.name for each in adapters if each.resident}
+        self._asked_for |= there
         missing = [name for name in self._wanted if name not in there and name not in self._asked_for]
         upstream = self._upstream
         for name in missing:
@@ -205,6 +218,9 @@ class Patrol:
             try:
                 await upstream.dialect.load_adapter(upstream.side, name, self._wanted[name])
                 logger.info("replica %s has loaded the adapter %s", upstream.replica.name, name)
+            except SideChannelError:
+                self._asked_for.discard(name)
+                raise
             except AdapterRefused as error:
                 logger.warning("replica %s does not load the adapter %s: %s", upstream.replica.name, name, error)
         return await upstream.dialect.adapters(upstream.side) if missing else adapters

@@ -111,14 +111,15 @@ async def test_waiting_ends_when_somebody_gives_the_replica_work_again(
         operating(capsys, monkeypatch, [first.url, second.url]) as (url, operator),
     ):
         tasks = await streams_under_way(client, url, 2)
-        waiting = asyncio.create_task(operator.run("drain", "pool/pool-0", "--wait", "60"))
+        waiting = asyncio.create_task(operator.run("drain", "pool/pool-0", "--wait", "30"))
         other = Operator(operator.url, capsys)
         await other.run("replicas", "--json")
         async with asyncio.timeout(10):
             while not json.loads(other.out)["replicas"][0]["draining"]:
                 await other.run("replicas", "--json")
         await other.run("undrain", "pool/pool-0")
-        assert await waiting == 1  # long before its time is over
+        async with asyncio.timeout(15):  # long before its own time is over
+            assert await waiting == 1
         for engine in (first, second):
             engine.drop_connections()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -274,6 +274,7 @@ async def test_what_somebody_else_loaded_meanwhile_counts_as_loaded() -> None:
     ):
         engine.adapters, engine.adapter_delay_s = {}, 0.2
         replies = await asyncio.gather(*(admin.post("/admin/adapters", json=LOAD) for admin in (one, other)))
+        assert [reply.json()["ok"] for reply in replies] == [True, True]
         assert sorted(reply.json()["replicas"][0]["changed"] for reply in replies) == [False, True]
         replies = await asyncio.gather(*(admin.delete("/admin/adapters/pool/support") for admin in (one, other)))
         assert sorted(reply.status_code for reply in replies) in ([200, 200], [200, 404])

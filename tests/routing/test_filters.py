@@ -16,11 +16,11 @@ def request(adapter: str | None = None, *regions: str) -> InferenceRequest:
     return InferenceRequest("req_1", "m", stream=False, prompt_bytes=1, regions=regions, adapter=adapter)
 
 
-def test_an_adapter_must_be_resident_where_that_is_known() -> None:
+def test_an_adapter_must_be_known_to_be_resident() -> None:
     holder, other, unknown = replica(adapters=frozenset({"french"})), replica(adapters=frozenset()), replica()
     assert exclusion_reason(request("french"), holder, 0.0, ()) is None
     assert exclusion_reason(request("french"), other, 0.0, ()) == "adapter"
-    assert exclusion_reason(request("french"), unknown, 0.0, ()) is None
+    assert exclusion_reason(request("french"), unknown, 0.0, ()) == "adapter"
     assert exclusion_reason(request(), other, 0.0, ()) is None
 
 
@@ -39,7 +39,7 @@ def test_facts_are_named_before_suspicions_so_that_panic_cannot_overrule_them() 
     assert reason() == "region"
     one.region = "eu"
     assert reason() == "adapter"
-    one.adapters = None
+    one.adapters = frozenset({"french"})
     assert reason() == "already_tried"
     tried = []
     assert reason() == "draining"

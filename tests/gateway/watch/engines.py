@@ -20,6 +20,8 @@ class Scripted(OpenAI):
     held: list[Adapter] | None = None
     asked: list[str] = field(default_factory=list)
     loaded: list[tuple[str, str]] = field(default_factory=list)
+    broken_loads: int = 0
+    """How many attempts to load an adapter break off."""
 
     async def probe(self, side: SideChannel, model: str | None) -> Readiness:
         self.asked.append(f"probe {model}")
@@ -46,6 +48,9 @@ class Scripted(OpenAI):
         return tuple(self.held)
 
     async def load_adapter(self, side: SideChannel, name: str, path: str) -> None:
+        if self.broken_loads:
+            self.broken_loads -= 1
+            raise SideChannelError(Trouble.TIMEOUT, "somewhere:1 did not answer")
         self.loaded.append((name, path))
         assert self.held is not None
         self.held.append(Adapter(name, path))

@@ -206,6 +206,31 @@ async def test_configured_adapters_are_loaded_once_in_each_life_of_the_engine() 
         assert sorted(engine.loaded[1:]) == [("new", "/b"), ("there", "/a")]
 
 
+async def test_an_engine_that_lists_no_adapters_has_those_it_is_sent_by_path_and_no_other() -> None:
+    wanted = [{"name": "by-path", "path": "/a"}]
+    engine = Scripted(held=None)
+    engine.adapters_by_path = True
+    async with worker(settings(adapters=wanted), [engine]) as one:
+        await until(lambda: one.replica.adapters == frozenset({"by-path"}))
+    plain = Scripted(held=None)
+    async with worker(settings(adapters=wanted), [plain]) as one:
+        await until(lambda: "adapters" in one.upstreams[0].signals.lacking)
+        assert one.replica.adapters is None
+
+
+async def test_an_adapter_whose_loading_broke_off_is_asked_for_again() -> None:
+    engine = Scripted(held=[], broken_loads=1)
+    async with worker(settings(adapters=[{"name": "new", "path": "/b"}]), [engine]) as one:
+        one.watcher.refresh()
+        await until(lambda: engine.loaded == [("new", "/b")], within_s=15.0)
+
+
+async def test_a_list_of_thousands_of_adapters_is_still_a_note() -> None:
+    engine = Scripted(held=[Adapter(f"adapter-{number}", "/some/long/path" * 10) for number in range(1000)])
+    async with worker(settings(), [engine]) as one:
+        await until(lambda: one.replica.adapters is not None and len(one.replica.adapters) == 1000)
+
+
 async def test_an_engine_that_serves_another_model_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     engine = Scripted(told=EngineInfo(models=("qwen",), epoch="one"))
     async with worker(settings(), [engine]) as one:
