@@ -269,12 +269,16 @@ class ConnectionPool:
 
     # -- draining
 
-    def close_when_idle(self) -> None:
-        """Take no more requests: idle connections close now, active ones after their exchange."""
-        self._closing = True
+    def drop_idle(self) -> None:
+        """Close the idle connections: one of them turned out to be dead, and the others are no younger."""
         for wire in tuple(self._idle):
             wire.shut()
             self.forget(wire)
+
+    def close_when_idle(self) -> None:
+        """Take no more requests: idle connections close now, active ones after their exchange."""
+        self._closing = True
+        self.drop_idle()
         while (waiter := self._next_waiter()) is not None:
             waiter.future.set_exception(PoolClosed(self.address, "pool", "closing"))
 

@@ -13,6 +13,11 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+MAX_LINES = 50_000
+"""Of a page that is read. The largest real ones have some thousand; a million would hold the event loop for long."""
+MAX_VALUE = 1e18
+"""What is larger is no count of anything; sums of it would overflow."""
+
 Sample = tuple[Mapping[str, str], float]
 """Labels and value of one line."""
 
@@ -29,11 +34,14 @@ def read_page(
     """The samples of the metrics called `names`, by the name that was asked for.
 
     A metric is found under each of the prefixes, and with `_total` behind its name, which newer client libraries add
-    to counters. Lines that are malformed are left out, and so are values that are no finite number, because NaN says
-    that there is no value. Names that the page does not have are missing from the answer.
+    to counters. Lines that are malformed are left out, and so are values beyond `MAX_VALUE` and NaN, which says
+    that there is no value. Names that the page does not have are missing from the answer; so are all names where the
+    page has more than `MAX_LINES`.
     """
     spellings = {prefix + name + suffix: name for name in names for prefix in prefixes for suffix in ("_total", "")}
     found: dict[str, list[Sample]] = {}
+    if page.count(b"\n") > MAX_LINES:
+        return found
     for line in page.decode("utf-8", "replace").split("\n"):
         end = _NAME_ENDS.search(line)
         if end is None:
@@ -69,7 +77,7 @@ def _read_sample(line: str, name_end: int) -> Sample | None:
     if not words or _NUMBER.match(words[0]) is None:
         return None
     value = float(words[0])
-    return (labels, value) if math.isfinite(value) else None
+    return (labels, value) if abs(value) <= MAX_VALUE else None
 
 
 def _unescape(match: re.Match[str]) -> str:

@@ -18,8 +18,9 @@ from backends.origin import Origin
 from backends.ticker import Ticker
 from backends.transport import LeanTransport
 
-MAX_ANSWER_BYTES = 16 << 20
-"""A Prometheus page of a large engine has some hundred kilobytes."""
+MAX_ANSWER_BYTES = 4 << 20
+"""A Prometheus page of a large engine has some hundred kilobytes, OpenRouter's list of models over one megabyte. What
+is let in is parsed on the event loop, for up to a tenth of a second."""
 CONNECT_S = 2.0
 
 
@@ -98,8 +99,10 @@ class SideChannel:
         """Name or address of the machine; None for a socket, which is on this one."""
         self._timeout_s = timeout_s
         self._base = base + path_prefix
+        # Bodies are read as they come: unless told otherwise, httpx asks for gzip, which proxies gladly send.
+        own = [("accept-encoding", "identity"), ("user-agent", "tidegate")]
         self._client = httpx2.AsyncClient(
-            transport=transport, trust_env=False, follow_redirects=False, headers=list(headers)
+            transport=transport, trust_env=False, follow_redirects=False, headers=[*own, *headers]
         )
 
     async def get(self, path: str, *, timeout_s: float | None = None) -> Answer:
@@ -123,6 +126,8 @@ class SideChannel:
                 asyncio.timeout(limit_s),  # over all; httpx's own limits are for each read
                 self._client.stream(method, url, content=content, headers=headers, timeout=timeout) as reply,
             ):
+                if reply.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+                    raise SideChannelError(Trouble.BROKEN, f"{shown} compressed its answer, which was not asked for")
                 async for piece in reply.aiter_raw():
                     body += piece
                     if len(body) > MAX_ANSWER_BYTES:

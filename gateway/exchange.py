@@ -78,6 +78,7 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
     last: GatewayError | None = None
     counted = 0
     worked_on = False
+    stale = False
     while True:
         now = time.monotonic()
         if now - exchange.started_at >= order.total_s:
@@ -105,12 +106,19 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
             exchange.outcome = Outcome.COMPLETED
             return
         runtime.witness.failed(replica, pool.replicas, verdict)
-        last = verdict.error
-        counted += verdict.again is not Again.UNCOUNTED
-        if verdict.again is Again.NEVER or relay.started_content or (worked_on and verdict.again is Again.ONCE):
+        again = verdict.again
+        if last is None or again is not Again.UNCOUNTED or verdict.cause is not None:
+            last = verdict.error  # what one engine has no words for is no reason to hide that another is busy
+        if again is Again.ANYWHERE:
+            if stale:  # one kept-alive connection may die under a request; two are no coincidence
+                again = Again.NEVER if upstream.hosted else Again.ONCE
+            stale = True
+            upstream.pool.drop_idle()  # they are as old as that one
+        counted += again is not Again.UNCOUNTED
+        if again is Again.NEVER or relay.started_content or (worked_on and again is Again.ONCE):
             raise last
-        worked_on |= verdict.again is Again.ONCE
-        if verdict.again is not Again.ANYWHERE:
+        worked_on |= again is Again.ONCE
+        if again is not Again.ANYWHERE:
             tried.append(replica)
 
 
@@ -123,7 +131,9 @@ async def _attempt(
     except UpstreamError as error:
         return None, of_connection(error, upstream.hosted)
     except Untranslatable as error:
-        raise InvalidRequest(str(error), param=error.param, code="unsupported_parameter") from error
+        # An engine of another kind in the same pool may have the words.
+        refused = InvalidRequest(str(error), param=error.param, code="unsupported_parameter")
+        return None, Verdict(refused, None, Again.UNCOUNTED)
     except GatewayError as error:
         return None, of_relay(error, upstream)
     if whole is not None:
@@ -138,7 +148,8 @@ async def _attempt(
 async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runtime: Runtime) -> UpstreamReply | None:
     """Send the request to one replica and relay its answer; tell the engine when it is given up.
 
-    A server that refuses a field which the gateway has added is asked once more without it.
+    A server that refuses a field which the gateway has added is asked once more without it. It is taken to refuse the
+    field for good only when that helped: a client can have any word stand in the message of its own bad request.
     """
     dialect = upstream.dialect
     wish = Wish(
@@ -151,10 +162,12 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
         adapters=upstream.adapters or upstream.configured_adapters,
         dp_rank=upstream.replica.dp_rank,
     )
+    left_out: dict[str, int] = {}
     while True:
+        relay.begin(upstream.replica)
         prepared = dialect.prepare(wish)
         values = prepared.values
-        for name in upstream.signals.refused_fields:
+        for name in (*upstream.signals.refused_fields, *left_out):
             values.pop(name, None)
         body = order.body.with_values(values) if prepared.body is None else prepared.body
         data = upstream.request(prepared.path, body, order.request.id, order.passed_on)
@@ -163,7 +176,6 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
             whole = await relay.attempt(
                 connection,
                 data,
-                replica=upstream.replica,
                 translation=prepared.translation,
                 read_usage=dialect.read_usage,
             )
@@ -172,9 +184,12 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
                 runtime.abort(upstream, order.request.id)
             raise
         refused = refused_field(whole, values, order.body.fields)
-        if refused is None:
+        if refused is None or whole is None:
+            if whole is None or whole.answers:
+                for name, status in left_out.items():
+                    upstream.signals.refuses_field(name, f"it answered {status}")
             return whole
-        upstream.signals.refuses_field(refused, f"it answered {whole.status if whole else 0}")
+        left_out[refused] = whole.status
 
 
 async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Connection:

@@ -38,7 +38,10 @@ class Pool:
 
     def knows_adapter(self, name: str) -> bool:
         """Whether the configuration or any replica knows a LoRA adapter of this name."""
-        return any(each.name == name for each in self.settings.adapters) or name in self.resident_adapters()
+        # On the way of every request with an adapter: no union of what a hundred replicas hold.
+        return any(replica.adapters is not None and name in replica.adapters for replica in self.replicas) or any(
+            each.name == name for each in self.settings.adapters
+        )
 
     def resident_adapters(self) -> frozenset[str]:
         """The LoRA adapters that some replica holds, as far as the engines say."""
@@ -159,6 +162,8 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
         replica.dp_rank = entry.dp_rank
         replica.credential = credential if backend.api_key is not None else None
         replica.health.rules = rules
+        if not backend.health.probe:
+            replica.health.forget_probes()
         kept = None if previous is None or not unchanged else previous.upstreams.get(replica)
         if kept is None:
             kept = _upstream(replica, entry, backend, DIALECTS[engine], ticker)

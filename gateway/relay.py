@@ -127,17 +127,24 @@ class Relay:
         self._reply.on_pause = None
         self._drop_connection()
 
+    def begin(self, replica: Replica) -> None:
+        """Another attempt comes, to this replica: what was complete was an answer that nobody is shown."""
+        self.replica = replica
+        self.completed = False
+        self.whole = None
+        self.reader = None
+
     async def attempt(
         self,
         connection: Connection,
         data: bytes | list[bytes],
         *,
-        replica: Replica,
         translation: Translation | None = None,
         read_usage: ReadUsage = openai_usage,
     ) -> UpstreamReply | None:
         """Send the request; return a whole reply, or None when a stream was relayed to its complete end.
 
+        `begin` comes before it, and before whatever may take time on the way to the connection.
         `translation` turns an engine's own form of a successful answer into OpenAI's.
 
         Raises `UpstreamError` when the connection failed and `GatewayError` for everything else that ended the
@@ -147,7 +154,6 @@ class Relay:
             connection.detach()
             raise self._interruption
         self._connection = connection
-        self.replica = replica
         self._translation = translation
         self._assembling = False
         self.read_usage = read_usage
@@ -156,7 +162,6 @@ class Relay:
         self._body = []
         self._body_bytes = 0
         self._held = []
-        self.reader = None
         now = time.monotonic()
         self.exchange.dispatched_at = now
         remaining_s = self._total_deadline - now
@@ -246,7 +251,10 @@ class Relay:
         reader = self.reader
         self._connection = None
         if reader is None:
-            self._end_whole()
+            try:
+                self._end_whole()
+            except Exception as error:  # the connection would only log it, and the request wait for its whole time
+                self._fail(error)
         elif reader.complete:
             self._end_cleanly()
         else:

@@ -15,12 +15,23 @@ from typing import Any
 import msgspec
 
 from backends.dialects.protocol import Fault
-from backends.errors import ConnectFailed, ConnectTimeout, Disconnected, HeadTimeout, IdleTimeout, UpstreamError
+from backends.errors import (
+    ConnectFailed,
+    ConnectTimeout,
+    ConsumerFailed,
+    Disconnected,
+    HeadTimeout,
+    IdleTimeout,
+    UpstreamError,
+)
 from backends.upstream import Upstream
 from gateway.errors import Draining, GatewayError, UpstreamTimeout
 from gateway.relay import UpstreamReply
 from gateway.upstream_errors import UpstreamSaid, UpstreamStalled, error_of, from_connection, from_status
 from routing.health import Evidence
+
+_ESSENTIAL = frozenset({"model", "stream", "lora", "lora_request", "routed_dp_rank"})
+"""Without these another answer would come: from another model or rank, or with the adapters of the command line."""
 
 
 class Again(StrEnum):
@@ -54,6 +65,8 @@ class Verdict(msgspec.Struct, frozen=True):
 def of_connection(error: UpstreamError, hosted: bool) -> Verdict:
     """For a connection that failed before anything was shown to the client."""
     shown = from_connection(error)
+    if isinstance(error, ConsumerFailed):  # a defect of ours, met while the answer came
+        return Verdict(shown, None, Again.NEVER if hosted else Again.ONCE, error)
     if error.fault == "gateway":  # our own ceiling on connections
         return Verdict(shown, None, Again.SAFELY, error)
     if isinstance(error, Disconnected) and error.retry_safe:
@@ -110,6 +123,6 @@ def refused_field(reply: UpstreamReply | None, values: Mapping[str, bytes], aske
         return None
     said = reply.body[:4096]
     for name in values:
-        if name not in asked and name != "model" and name.encode() in said:
+        if name not in asked and name not in _ESSENTIAL and name.encode() in said:
             return name
     return None

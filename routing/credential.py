@@ -17,13 +17,15 @@ class Credential:
     requests find out whether it has been put right. Refusals during a pause do not lengthen it.
     """
 
-    __slots__ = ("_forbidden", "pauses", "until")
+    __slots__ = ("_forbidden", "pauses", "proven", "until")
 
     def __init__(self) -> None:
         self.until = 0.0
         """End of the last pause, in the caller's seconds."""
         self.pauses = 0
         """Pauses in a row."""
+        self.proven = False
+        """A request was served with it since the last pause began; what a mere question is told weighs less."""
         self._forbidden = 0
 
     def refused(self, now: float, status: int = 401) -> bool:
@@ -36,12 +38,14 @@ class Credential:
                 return False
         self.until = now + min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self.pauses, _DOUBLINGS))
         self.pauses += 1
+        self.proven = False
         return True
 
     def accepted(self) -> None:
         """A request with this key was served, which ends the pause and forgets the refusals."""
         self.until = 0.0
         self.pauses = 0
+        self.proven = True
         self._forbidden = 0
 
     def unavailable_reason(self, now: float) -> str | None:

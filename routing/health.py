@@ -232,6 +232,14 @@ class Health:
         self._settle()
         return None
 
+    def forget_probes(self) -> None:
+        """Nobody probes it any more, so that nothing could take back what the last probes showed."""
+        self._probe_failures = 0
+        if self._not_ready:
+            self._not_ready = False
+            self._away_since = None
+        self._settle()
+
     def _unresponsive(self, now: float) -> bool:
         if self._probe_failures < self.rules.probe_failures:
             return False

@@ -29,6 +29,10 @@ _STREAM_ONLY = frozenset({"object", "choices", "usage", "obfuscation", "error"})
 _SHORT = 256
 """Length up to which a string is worth comparing with the one before, instead of writing it out again."""
 
+_MEMBER, _PIECE, _CALL, _CHOICE = 200, 40, 500, 1_600
+"""Bytes that Python takes for a member, a piece of a list, a tool call and a choice beside their text, about: an engine
+that sends millions of empty ones would fill the memory within the limit otherwise."""
+
 _Charge = Callable[[int], None]
 
 
@@ -67,7 +71,7 @@ class _Kept:
         if value is None and before is not None:
             return
         text = _json(value)
-        self._charge(len(text) - len(before) if before is not None else len(text) + len(name))
+        self._charge(len(text) - len(before) if before is not None else len(text) + len(name) + _MEMBER)
         self.texts[name] = text
 
     def into(self, tree: dict[str, Any]) -> None:
@@ -124,7 +128,7 @@ class _Lists:
             items = self._items.setdefault(name, [])
             if part:
                 text = _json(part)[1:-1]
-                self._charge(len(text))
+                self._charge(len(text) + _PIECE)
                 items.append(text)
 
     def tree(self) -> dict[str, Any]:
@@ -140,7 +144,7 @@ class _Call:
     __slots__ = ("_arguments", "_charge", "_function", "_members")
 
     def __init__(self, charge: _Charge) -> None:
-        charge(64)
+        charge(_CALL)
         self._charge = charge
         self._members = _Kept(charge)
         self._function: _Kept | None = None
@@ -198,7 +202,7 @@ class _Choice:
     )
 
     def __init__(self, charge: _Charge) -> None:
-        charge(256)
+        charge(_CHOICE)
         self._charge = charge
         self._members = _Kept(charge)
         self._message = _Kept(charge)

@@ -32,6 +32,9 @@ from backends.usage import Usage, read_openai_usage
 _ASK_FOR_USAGE = b'{"include_usage":true}'
 _STREAMING_PATHS = (CHAT, COMPLETIONS)
 _OVERLOAD_WORDS = ("overload", "queue", "capacity", "too many", "busy", "rate limit")
+_CONTENT_WORDS = ("violates usage guidelines", "content policy", "content management policy")
+"""By which a 403 is about the prompt: xAI says "Content violates usage guidelines." in a refused key's status. Else
+three such prompts of one caller would have the key put aside for everybody."""
 _MONEY_CODES = frozenset({"insufficient_quota", "billing_not_active", "billing_hard_limit_reached"})
 ABSENT = frozenset({404, 405, 501})
 """Statuses by which a server says that it has no such endpoint."""
@@ -40,15 +43,15 @@ ABSENT = frozenset({404, 405, 501})
 def usage_option(wish: Wish) -> bytes | None:
     """The `stream_options` that make a stream end with its usage; None when nothing must change.
 
-    Other members of the caller's `stream_options` are kept. A value of the wrong type, its own or of `include_usage`,
-    is left for the engine to refuse.
+    Other members of the caller's `stream_options` are kept. One of another type is left for the engine to refuse. An
+    `include_usage` of another type is not: engines read null, 0 and "no" as false, and nobody would count the tokens.
     """
     if not wish.stream or wish.path not in _STREAMING_PATHS:
         return None
     options = wish.fields.get("stream_options")
     if options is None:
         return _ASK_FOR_USAGE
-    if not isinstance(options, dict) or options.get("include_usage", False) is not False:
+    if not isinstance(options, dict) or options.get("include_usage") is True:
         return None
     return msgspec.json.encode({**options, "include_usage": True})
 
@@ -108,6 +111,10 @@ class OpenAI:
     def judge_error(self, status: int, error: Mapping[str, Any]) -> Fault:
         if status == 403 and error.get("code") == "model_not_found":
             return Fault.REQUEST  # OpenAI: the key is good, but not for this model
+        if status == 403 and any(words in str(error.get("message") or "").lower() for words in _CONTENT_WORDS):
+            return Fault.REQUEST
+        if status in (401, 403) and "Missing scopes:" in str(error.get("message") or ""):
+            return Fault.REQUEST  # nor is a restricted key that may not do this, embeddings perhaps, a bad one
         if status in (401, 402, 403, 407) or is_about_money(error):
             return Fault.CREDENTIAL
         if self.is_overload(status, error):

@@ -10,6 +10,7 @@ Sources: openrouter.ai/docs, "Errors and Debugging", "Streaming", "Usage Account
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from backends.side import SideChannel
 
 _ABOUT_THE_INPUT = frozenset({"flagged_input", "reasons", "patterns"})
 """Members of `metadata` in a 403 by moderation (the first two) or by a guardrail."""
+_ASKS_FOR_LESS = re.compile(r"or fewer max_tokens\..* can only afford [1-9]", re.DOTALL)
+"""Of a 402: the balance, below which whatever `max_tokens` could cost has to stay, is not used up yet."""
 _BLOCKED = ("request blocked", "moderation", "flagged")
 
 
@@ -38,6 +41,9 @@ class OpenRouter(OpenAI):
             return Fault.REQUEST
         if status == 402 and metadata.get("limit_source") == "openrouter_in_flight_budget":
             return Fault.OVERLOAD  # what runs just now has used up the budget; it comes with `retry-after`
+        said = error.get("message")
+        if status == 402 and isinstance(said, str) and _ASKS_FOR_LESS.search(said):
+            return Fault.OVERLOAD  # what the caller's max_tokens could cost; smaller requests are served with this key
         return super().judge_error(status, error)
 
     def is_overload(self, status: int, error: Mapping[str, Any]) -> bool:

@@ -6,7 +6,6 @@ Everything that is missing or of a wrong type is read as "it does not say".
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -208,8 +207,8 @@ def _kv_events(server: Mapping[str, Any]) -> KvEventsEndpoint | None:
                 dp_size=count_or_none(told.get("dp_size")) or dp_size,
             )
     try:
-        wanted = json.loads(server["kv_events_config"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+        wanted = orjson.loads(server["kv_events_config"])
+    except (KeyError, ValueError):
         return None
     endpoint = _text(_mapping(wanted).get("endpoint"))
     if endpoint is None or wanted.get("publisher") != "zmq" or not endpoint.startswith(("tcp://", "ipc://")):

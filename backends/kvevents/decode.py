@@ -21,6 +21,8 @@ import msgspec
 
 MAX_PAYLOAD_BYTES = 64 << 20
 """A page of one token costs about 160 bytes, so a prompt of 128,000 tokens at page size 1 has 20 MB in one batch."""
+MAX_EVENTS = 131_072
+"""In one batch. A second's work for a busy engine; without a bound, six megabytes of tiny ones take seconds to read."""
 MAX_HASH_BYTES = 64
 """vLLM's longest is a SHA-256 (32 bytes)."""
 MAX_TEXT = 1024
@@ -114,6 +116,8 @@ def decode_batch(payload: bytes) -> Batch:
         raise Undecodable("the batch's time stamp is not finite")
     if not isinstance(events, list):
         raise Undecodable("the batch has no list of events")
+    if len(events) > MAX_EVENTS:
+        raise Undecodable(f"a batch of {len(events)} events is over the limit of {MAX_EVENTS}")
     known = []
     for raw in events:
         event = _event(raw)

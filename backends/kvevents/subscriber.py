@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 END = (-1).to_bytes(8, "big", signed=True)
 BURST = 64
 """Messages read before other tasks get their turn."""
+BURST_BYTES = 128 << 10
+"""The same, of their sizes together: so much is decoded in a few milliseconds."""
 LIVE_QUEUE = 1000
 """Messages that wait unread at our side; the engine queues the next 100,000, then drops."""
 REPLAY_QUEUE = 10_000
@@ -319,13 +321,16 @@ class _Session:
 
     @staticmethod
     def _receive(socket: Socket | None, limit: int) -> tuple[list[list[bytes]], bool]:
-        """Up to `limit` messages, and whether it stopped for the limit rather than for want of messages."""
+        """Up to `limit` messages or `BURST_BYTES`, and whether it stopped for that rather than for want of messages."""
         messages: list[list[bytes]] = []
+        left_bytes = BURST_BYTES
         if socket is None:
             return messages, False
         try:
-            while len(messages) < limit:
-                messages.append(socket.recv_multipart(zmq.NOBLOCK))
+            while len(messages) < limit and left_bytes > 0:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+                messages.append(frames)
+                left_bytes -= sum(map(len, frames))
         except zmq.Again:
             return messages, False
         return messages, True

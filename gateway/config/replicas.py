@@ -57,6 +57,12 @@ _OURS = frozenset(
 )
 
 
+def _key_header_name(value: str) -> str:
+    if value.lower() in _OURS - {"authorization"}:
+        raise wrong(f"the header {shown(value)} is set by the gateway itself", "write e.g. authorization or x-api-key")
+    return value
+
+
 def _header_name(value: str) -> str:
     if value.lower() in _OURS:
         raise wrong(f"the header {shown(value)} is set by the gateway itself", "take it out; keys belong in api_key")
@@ -70,7 +76,7 @@ HeaderValue = Annotated[str, Field(pattern=r"^[!-~]([ -~]{0,998}[!-~])?$")]
 class KeyHeader(Section):
     """How an API wants its key."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,100}$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,100}$"), AfterValidator(_key_header_name)] = Field(
         default="authorization", description="Name of the header that carries the key."
     )
     scheme: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{0,50}$")] = Field(

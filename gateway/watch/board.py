@@ -45,7 +45,7 @@ class Board:
         """
         kind, pool_name, replica_name, observer = (*fact.key.split("/", 3), "", "", "")[:4]
         pool = self._runtime.fleet.pools.get(pool_name)
-        if pool is None:
+        if pool is None or (kind == notes.PROBE and not pool.settings.health.probe):
             return
         for replica, upstream in pool.upstreams.items():
             if replica.name == replica_name:
@@ -91,7 +91,9 @@ class Board:
             return
         was_reachable = replica.health.unavailable_reason(now) != "cooling_down"
         if note.readiness == Readiness.UNAUTHORIZED:
-            if replica.credential is not None and replica.credential.refused(now, 403):
+            credential = replica.credential
+            # A key may be good for requests and not for reading models or an account.
+            if credential is not None and not credential.proven and credential.refused(now, 403):
                 logger.warning("pool %s: %s refuses the key: %s", replica.pool, replica.name, note.detail)
         elif note.readiness is not None:
             ready = note.readiness == Readiness.READY

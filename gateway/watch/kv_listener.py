@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 _ASK_AGAIN_S = 1.0
 _REFUSED_AGAIN_S = 30.0
+MAX_RANKS = 256
+"""Each has sockets and memory of its own. An engine that says it has more is not believed."""
 
 
 class KvListener:
@@ -86,8 +88,12 @@ class KvListener:
 
     def _make(self, endpoint: KvEventsEndpoint) -> dict[int, KvSubscriber]:
         rank = self._upstream.replica.dp_rank
+        if rank is None and endpoint.dp_size > MAX_RANKS:
+            raise EndpointRefused(f"events of {endpoint.dp_size} ranks are more than the {MAX_RANKS} that are followed")
         ranks = range(endpoint.dp_size) if rank is None else (rank,)
         side = self._upstream.side
+        # Not the blocks of another address, nor ranks that are gone: nothing would ever clear them.
+        self._view = KvView()
         return {
             rank: KvSubscriber(
                 endpoint,

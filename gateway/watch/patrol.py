@@ -55,6 +55,8 @@ class Patrol:
         self._epoch = ""
         self._asked_for: set[str] = set()
         """Adapters this worker has had loaded since the engine began; engines may drop them again as they like."""
+        self._errand: asyncio.Task[None] | None = None
+        """What may take minutes, such as loading adapters; health and load are asked for meanwhile."""
         hosted = upstream.hosted
         self._probe_s = self._health.probe_interval_s or (HOSTED_PROBE_S if hosted else OWN_PROBE_S)
         self.made_a_round = asyncio.Event()
@@ -73,6 +75,9 @@ class Patrol:
                 self.made_a_round.set()
                 await asyncio.sleep(self.round_s * rng.uniform(0.9, 1.1))
         finally:
+            if self._errand is not None:
+                self._errand.cancel()
+                self._errand = None
             with suppress(StoreError):
                 await self._store.release(self.lease, self._holder)
 
@@ -84,13 +89,26 @@ class Patrol:
             replica.health.begin_trial(now)
         if await self._claim("watch"):
             await asyncio.gather(*(ask() for ask in (self._probe, self._ask_load)))
-            if not self._was_away:
-                await self._ask_info()
-                await self._ask_adapters()
+            if self._errand is not None or not self._was_away:
+                await self._look_closer()
         else:
             # Whoever holds the lease knows better what has changed meanwhile; begin from nothing when it is ours.
             self._due.clear()
             self._last_load = None
+
+    async def _look_closer(self) -> None:
+        """Ask what it is and which adapters it holds. The round in which that begins waits for it, within reason."""
+        begun = self._errand is None
+        if self._errand is None:
+            self._errand = asyncio.create_task(self._ask_rest(), name="patrol's errand")
+        done, _ = await asyncio.wait([self._errand], timeout=self.round_s if begun else 0.0)
+        if done:
+            errand, self._errand = self._errand, None
+            errand.result()
+
+    async def _ask_rest(self) -> None:
+        await self._ask_info()
+        await self._ask_adapters()
 
     async def _may_try(self) -> bool:
         """Whether this worker is the one to send an ejected replica a request; without a store, each is."""

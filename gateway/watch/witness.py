@@ -74,7 +74,9 @@ class Witness:
                     why,
                 )
             case Change.UNREACHABLE:
-                logger.warning("replica %s fails: %s", replica.name, why)
+                # Said once: as long as it stays away, every pause is followed by another.
+                level = logging.WARNING if replica.cooldown.failures <= 1 else logging.DEBUG
+                logger.log(level, "replica %s fails: %s", replica.name, why)
             case Change.RECOVERED:
                 logger.info("replica %s is back: %s", replica.name, why)
         if self.on_change is not None and not told:

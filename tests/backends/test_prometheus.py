@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from backends import prometheus
 from backends.prometheus import read_page, total
 
 RECORDED = Path(__file__).parent / "dialects" / "recorded"
@@ -92,3 +93,14 @@ def test_a_busy_engines_page_does_not_hold_up_the_event_loop() -> None:
 def test_no_page_raises_and_all_values_are_finite(parts: list[bytes]) -> None:
     for samples in read_page(b"".join(parts), ["a", "aa"]).values():
         assert all(math.isfinite(value) for _, value in samples)
+
+
+def test_numbers_whose_sum_would_overflow_are_left_out() -> None:
+    page = b'a{e="0"} 1e308\na{e="1"} 1e308\na{e="2"} -1e308\na{e="3"} 7\n'
+    assert read_page(page, ["a"]) == {"a": [({"e": "3"}, 7.0)]}
+
+
+def test_a_page_of_countless_lines_is_not_read() -> None:
+    page = b"a 1" + b"\n" * prometheus.MAX_LINES
+    assert read_page(page, ["a"]) == {"a": [({}, 1.0)]}
+    assert read_page(page + b"\n", ["a"]) == {}

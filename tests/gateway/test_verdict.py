@@ -11,6 +11,7 @@ from backends.dialects import DIALECTS
 from backends.errors import (
     ConnectFailed,
     ConnectTimeout,
+    ConsumerFailed,
     Disconnected,
     HeadTimeout,
     IdleTimeout,
@@ -51,6 +52,7 @@ def upstream(engine: str = "openai", hosted: bool = False) -> Upstream:
         (ConnectTimeout(AT, "connect", "slow"), Evidence.UNREACHABLE, Again.SAFELY, Again.SAFELY),
         (PoolTimeout(AT, "pool", "busy"), None, Again.SAFELY, Again.SAFELY),
         (PoolClosed(AT, "pool", "closing"), None, Again.SAFELY, Again.SAFELY),
+        (ConsumerFailed(AT, "body", "a defect", sent=True, got_bytes=True), None, Again.ONCE, Again.NEVER),
         (Disconnected(AT, "head", "reset", sent=True, reused=True), None, Again.ANYWHERE, Again.ANYWHERE),
         (Disconnected(AT, "head", "reset", sent=True), Evidence.FAILED, Again.ONCE, Again.NEVER),
         (Disconnected(AT, "body", "eof", sent=True, got_bytes=True), Evidence.FAILED, Again.ONCE, Again.NEVER),
@@ -124,3 +126,9 @@ async def test_what_the_relay_found(error: GatewayError, evidence: Evidence | No
 def test_a_field_of_ours_that_is_refused(status: int, said: str, asked: dict[str, Any], field: str | None) -> None:
     reply = UpstreamReply(status, [], said.encode())
     assert refused_field(reply, {"rid": b'"1"', "model": b'"m"'}, asked) == field
+
+
+def test_what_decides_who_answers_is_never_left_out() -> None:
+    reply = UpstreamReply(400, [], b"unknown fields: stream, lora, lora_request, routed_dp_rank")
+    ours = dict.fromkeys(("stream", "lora", "lora_request", "routed_dp_rank"), b"1")
+    assert refused_field(reply, ours, {}) is None

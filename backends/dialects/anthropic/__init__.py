@@ -43,6 +43,7 @@ requests that name them (https://platform.claude.com/docs/en/api/migration-2026-
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,8 +58,11 @@ API_VERSION = "2023-06-01"
 _MESSAGES = "/v1/messages"
 _MOST_MODELS = 1000
 """The longest page that `GET /v1/models` gives; without asking it gives 20."""
-_MONEY_WORDS = ("credit balance is too low", "specified api usage limits")
-"""Said with status 400 and the type of an invalid request: the account is empty, or a limit that it set is reached."""
+_MONEY = re.compile(r"your credit balance is too low|you have reached your specified (?:\w+ )?api usage limits", re.I)
+"""Said with status 400 and the type of an invalid request: the account is empty, or a limit that it set is reached.
+
+Looked for at the beginning only: other 400s quote the request ("Input tag '…' found using 'type'"), and a caller who
+writes these words into it must not have the key put aside for everybody."""
 _ACCOUNT_CODES = frozenset({"contract_spend_limit_reached", "enforced_spend_limit_reached", "organization_on_hold"})
 """`details.error_code` of errors that are said with status 400 or 429 and that waiting does not mend."""
 
@@ -95,7 +99,7 @@ class Anthropic(OpenAI):
         if isinstance(code, str) and code in _ACCOUNT_CODES:
             return Fault.CREDENTIAL
         said = error.get("message")
-        if status == 400 and isinstance(said, str) and any(words in said.lower() for words in _MONEY_WORDS):
+        if status == 400 and isinstance(said, str) and _MONEY.match(said):
             return Fault.CREDENTIAL
         return super().judge_error(status, error)
 

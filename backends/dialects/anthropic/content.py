@@ -17,6 +17,8 @@ from backends.dialects.protocol import Untranslatable
 Block = dict[str, Any]
 
 _DATA_URL = re.compile(r"data:([^;,]*)((?:;[^;,]*)*?);base64,", re.IGNORECASE)
+_MAX_DATA_HEAD = 1024
+"""Characters before the data. Ten megabytes of semicolons would be looked through for a second."""
 _IMAGES = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
 """`Base64ImageSourceParam` of the anthropic SDK 2.12.0."""
 
@@ -128,7 +130,7 @@ def _document_source(given: str, where: str) -> Block:
 
 def _data_url(url: str, where: str, otherwise: str) -> tuple[str, str]:
     """Media type and base64 text of a data: URL."""
-    head = _DATA_URL.match(url)
+    head = _DATA_URL.match(url, 0, _MAX_DATA_HEAD)
     if head is None:
         raise Untranslatable(otherwise, where)
     return head.group(1).strip().lower(), url[head.end() :]

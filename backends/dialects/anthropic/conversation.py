@@ -7,6 +7,7 @@ looks for them (https://platform.claude.com/docs/en/agents-and-tools/tool-use/ha
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ import msgspec
 from backends.dialects.anthropic.content import Block, blocks_of, keep_cache_control, only_text
 from backends.dialects.protocol import Untranslatable
 
+_LONG_ID = 64
+"""Characters up to which an id is worth spelling out. A megabyte of them would take a third of a second."""
 _FOREIGN = re.compile(r"[^a-zA-Z0-9_-]")
 
 
@@ -25,6 +28,9 @@ class Conversation:
     def __init__(self) -> None:
         self.system: list[Block] = []
         self.turns: list[dict[str, Any]] = []
+        self._results: list[Block] = []
+        """Of the last turn, which is the user's; `_put_results` puts them at its head, all at once: with a hundred
+        thousand of them, finding the place of each one would take minutes."""
 
     def add(self, message: Mapping[str, Any], where: str) -> None:
         """Take in the next message. Raises `Untranslatable`."""
@@ -46,7 +52,12 @@ class Conversation:
         else:
             raise Untranslatable(f"Anthropic has no role {role!r}.", f"{where}.role")
 
-    def trim_prefill(self) -> None:
+    def end(self) -> None:
+        """All messages were added."""
+        self._put_results()
+        self._trim_prefill()
+
+    def _trim_prefill(self) -> None:
         """Drop white space at the end of an answer that the model is to go on with; Anthropic refuses it."""
         if not self.turns or self.turns[-1]["role"] != "assistant":
             return
@@ -60,15 +71,18 @@ class Conversation:
         if self.turns and self.turns[-1]["role"] == role:
             self.turns[-1]["content"] += blocks
         else:
+            self._put_results()
             self.turns.append({"role": role, "content": blocks})
 
     def _add_result(self, result: Block) -> None:
         if not self.turns or self.turns[-1]["role"] != "user":
-            self.turns.append({"role": "user", "content": [result]})
-            return
-        content = self.turns[-1]["content"]
-        place = sum(block["type"] == "tool_result" for block in content)
-        content.insert(place, result)
+            self.turns.append({"role": "user", "content": []})
+        self._results.append(result)
+
+    def _put_results(self) -> None:
+        if self._results:
+            self.turns[-1]["content"][:0] = self._results
+            self._results = []
 
 
 def read_conversation(messages: Any) -> Conversation:
@@ -83,7 +97,7 @@ def read_conversation(messages: Any) -> Conversation:
         conversation.add(message, where)
     if not conversation.turns:
         raise Untranslatable("Anthropic needs at least one user or assistant message that is not empty.", "messages")
-    conversation.trim_prefill()
+    conversation.end()
     return conversation
 
 
@@ -98,6 +112,10 @@ def tool_id(value: Any, where: str) -> str:
     """
     if not isinstance(value, str) or not value:
         raise Untranslatable(f"{where} must be a string that is not empty.", where)
+    if len(value) > _LONG_ID:
+        if _FOREIGN.search(value) is None:
+            return value
+        return f"id_{hashlib.blake2b(value.encode('utf-8', 'replace'), digest_size=16).hexdigest()}"
     return _FOREIGN.sub(lambda found: f"_{ord(found.group()):x}_", value)
 
 

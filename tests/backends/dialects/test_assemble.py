@@ -252,7 +252,7 @@ def test_what_is_no_stream_of_chunks_is_refused(payload: bytes) -> None:
 
 
 def flood(tree: Tree) -> list[Tree]:
-    return [tree] * 200
+    return [tree] * 400
 
 
 @pytest.mark.parametrize(
@@ -263,21 +263,22 @@ def flood(tree: Tree) -> list[Tree]:
         flood({"choices": [{"index": 0, "text": "x" * 20}]}),
         flood(chunk(choice({"tool_calls": [{"index": 0, "function": {"arguments": "x" * 20}}]}))),
         flood(chunk(choice({}, logprobs={"content": [{"token": "x", "logprob": -1.0}]}))),
-        [{"choices": [{"index": number}]} for number in range(40)],
-        [chunk(choice({"tool_calls": [{"index": number}]})) for number in range(80)],
-        [chunk(**{f"member{number}": number}) for number in range(300)],
-        [chunk(choice({f"member{number}": number})) for number in range(300)],
-        [chunk(timings="x" * 4000)],
+        [{"choices": [{"index": number}]} for number in range(4)],
+        [chunk(choice({"tool_calls": [{"index": number}]})) for number in range(12)],
+        [chunk(**{f"member{number}": number}) for number in range(25)],
+        [chunk(choice({f"member{number}": number})) for number in range(25)],
+        [chunk(timings="x" * 5000)],
+        [chunk(choice({}, logprobs={"content": [0]}))] * 90,
     ],
 )
 def test_what_is_kept_is_bounded(chunks: list[Tree]) -> None:
-    with pytest.raises(TranslationError, match="3000 bytes"):
-        Assembler(limit_bytes=3000).feed(stream(chunks))
+    with pytest.raises(TranslationError, match="5000 bytes"):
+        Assembler(limit_bytes=5000).feed(stream(chunks))
 
 
 def test_what_replaces_an_older_value_is_not_counted_again() -> None:
     chunks = flood(chunk(choice({}), timings={"n": 12345}))
-    assert assembled([*chunks, chunk(choice({}, "stop"))], limit_bytes=3000) is not None
+    assert assembled([*chunks, chunk(choice({}, "stop"))], limit_bytes=5000) is not None
 
 
 @pytest.mark.parametrize("values", [(1, True, 1.0, "1"), ("x" * 300, "y", "x" * 300, None), (0, None, [0], 0), ("", 0)])

@@ -30,12 +30,13 @@ def wish(path: str = CHAT, *, stream: bool = True, fields: dict[str, Any] | None
         ({"include_usage": False}, {"include_usage": True}),
         ({"include_obfuscation": False}, {"include_obfuscation": False, "include_usage": True}),
         ({"include_usage": True}, None),
-        ({"include_usage": "yes"}, None),
-        ({"include_usage": None}, None),
+        ({"include_usage": "yes"}, {"include_usage": True}),
+        ({"include_usage": None}, {"include_usage": True}),
+        ({"include_usage": 0}, {"include_usage": True}),
         ("all", None),
     ],
 )
-def test_a_stream_is_asked_for_its_usage_and_nonsense_is_left_to_the_engine(options: Any, sent: Any) -> None:
+def test_a_stream_is_asked_for_its_usage_whatever_the_caller_makes_of_it(options: Any, sent: Any) -> None:
     option = usage_option(wish(fields={"stream_options": options}))
     assert (None if option is None else json.loads(option)) == sent
 
@@ -143,3 +144,16 @@ async def test_a_server_without_the_model_endpoint_is_asked_for_the_list() -> No
         api.replies["/v1/models"] = (401, b"{}")
         assert await OpenAI().probe(api.side, "m") is Readiness.UNAUTHORIZED
         assert (await OpenAI().probe(api.side, None)) is Readiness.UNAUTHORIZED
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_restricted_key_is_no_bad_key(status: int) -> None:
+    said = "You have insufficient permissions for this operation. Missing scopes: model.request."
+    assert OpenAI().judge_error(status, {"message": said, "code": None}) is Fault.REQUEST
+    assert OpenAI().judge_error(status, {"message": "Incorrect API key provided."}) is Fault.CREDENTIAL
+
+
+def test_a_prompt_that_was_refused_is_no_refused_key() -> None:
+    said = "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO"  # xAI
+    assert OpenAI().judge_error(403, {"message": said}) is Fault.REQUEST
+    assert OpenAI().judge_error(403, {"message": "Access to the chat endpoint is denied"}) is Fault.CREDENTIAL

@@ -103,3 +103,12 @@ async def test_a_relay_of_openrouters_api_without_the_key_endpoint_is_probed_pla
     async with asking({"/v1/key": ABSENT, "/v1/models": ok({"data": []})}) as api:
         assert await OpenRouter().probe(api.side, "m") is Readiness.READY
         assert api.asked == ["GET /v1/key", "GET /v1/models/m", "GET /v1/models"]
+
+
+@pytest.mark.parametrize(("tokens", "fault"), [(3919, Fault.OVERLOAD), (0, Fault.CREDENTIAL)])
+def test_asking_for_more_than_the_balance_is_no_empty_account(tokens: int, fault: Fault) -> None:
+    said = (
+        "This request requires more credits, or fewer max_tokens. You requested up to 16384 tokens, but can only "
+        f"afford {tokens}. To increase, visit https://openrouter.ai/settings/credits and upgrade to a paid account"
+    )
+    assert OpenRouter().judge_error(402, {"message": said, "code": 402}) is fault

@@ -454,3 +454,9 @@ def test_no_tree_raises_in_the_readers(server: dict[str, Any], model: dict[str, 
         report.old_load([{**tree["s"], "num_reqs": tree["m"]}], rank)
     except (NotOffered, SideChannelError):
         return
+
+
+def test_a_setting_that_could_not_be_written_down_is_no_endpoint() -> None:
+    config = '{"publisher":"zmq","endpoint":"tcp://*:5557","topic":"\\ud800"}'
+    assert report.info({"kv_events_config": config}, {}, []).kv_events is None
+    assert report.info({"kv_events_config": config.replace("\\ud800", "t")}, {}, []).kv_events is not None

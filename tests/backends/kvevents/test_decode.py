@@ -246,3 +246,11 @@ def _must_read_or_refuse(payload: bytes) -> None:
         return
     assert isinstance(batch, Batch)
     hash(batch)  # frozen down to the last field: an index may use events as keys
+
+
+def test_a_batch_of_countless_events_is_refused_before_they_are_read() -> None:
+    many = decode.MAX_EVENTS
+    head = b"\x92\x01\xdd"
+    assert decode_batch(head + many.to_bytes(4, "big") + b"\x91\xa1x" * many).unknown == many
+    with pytest.raises(Undecodable, match="events is over the limit"):
+        decode_batch(head + (many + 1).to_bytes(4, "big") + b"\x91\xa1x" * (many + 1))

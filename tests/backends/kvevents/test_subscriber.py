@@ -15,6 +15,7 @@ import uvloop
 import zmq
 
 from backends.dialects.protocol import KvEventsEndpoint
+from backends.kvevents import subscriber
 from backends.kvevents.decode import BlockRemoved, BlockStored
 from backends.kvevents.endpoint import EndpointRefused
 from backends.kvevents.subscriber import KvSubscriber, Timing
@@ -414,3 +415,17 @@ async def _subscribed(publisher: Publisher, sink: Watched) -> None:
             async with asyncio.timeout(0.05):
                 await sink.when(lambda: -1 in sink.told[seen:])
     await sink.when(lambda: sink.trusted)
+
+
+def test_large_messages_are_read_a_few_at_a_time() -> None:
+    context: Any = zmq.Context()
+    pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    pull.bind("inproc://x")
+    push.connect("inproc://x")
+    for _ in range(3):
+        push.send_multipart([b"", bytes(subscriber.BURST_BYTES * 2 // 3)])
+    first, full = subscriber._Session._receive(pull, 64)
+    assert (len(first), full) == (2, True)
+    rest, full = subscriber._Session._receive(pull, 64)
+    assert (len(rest), full) == (1, False)
+    context.destroy(0)

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from gateway.config import ConfigError, Settings, json_schema, load, require_models, restart_only_changes
+from gateway.config.replicas import KeyHeader
 from gateway.config.schema import Server
 from gateway.config.tree import setting_paths
 
@@ -220,3 +221,10 @@ def test_what_needs_a_restart_is_named(tmp_path: Path) -> None:
     )
     assert restart_only_changes(old, old) == []
     assert restart_only_changes(old, new) == ["server.host", "server.port", "admin.port", "admin.token", "database"]
+
+
+@pytest.mark.parametrize("name", ["Host", "content-length", "Transfer-Encoding", "x-request-id"])
+def test_a_key_does_not_travel_in_a_header_of_the_gateways_own(name: str) -> None:
+    with pytest.raises(ValidationError, match="set by the gateway itself"):
+        KeyHeader(name=name)
+    assert KeyHeader(name="Authorization", scheme="Token").name == "Authorization"

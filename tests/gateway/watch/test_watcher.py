@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad, Readiness
-from backends.side import Trouble
+from backends.side import SideChannel, Trouble
 from backends.upstream import Upstream
 from gateway.config import Settings
 from gateway.ledger import Ledger
@@ -22,7 +23,7 @@ from gateway.store import MemoryStore, Store
 from gateway.watch import notes
 from gateway.watch.patrol import has_progressed, prefill_speed
 from gateway.watch.watcher import Watcher
-from routing.health import Change
+from routing.health import Change, Credential
 from routing.policies import LeastOutstanding
 from routing.types import Replica
 from tests.gateway.watch.engines import Scripted
@@ -170,6 +171,36 @@ async def test_a_refused_key_is_not_the_replicas_fault() -> None:
         assert one.replica.health.unavailable_reason(time.monotonic()) is None
 
 
+async def test_a_key_that_serves_requests_is_good_whatever_a_probe_says() -> None:
+    engine = Scripted(readiness=Readiness.UNAUTHORIZED)
+    async with worker(settings(), [engine]) as one:
+        credential = one.replica.credential = Credential()
+        credential.accepted()
+        await until(lambda: engine.asked.count("probe served") > 5)
+        assert one.replica.available(time.monotonic())
+        credential.refused(time.monotonic(), 401)
+        assert not credential.proven
+
+
+async def test_what_probes_said_is_forgotten_where_nobody_probes_any_more() -> None:
+    engine = Scripted(readiness=Readiness.NOT_READY)
+    async with worker(settings(), [engine]) as one:
+        await until(lambda: one.replica.unavailable_reason(time.monotonic()) == "not_ready")
+        one.runtime.reload(settings(health={**FAST, "probe": False}))
+        one.watcher.refresh()
+        asked = len(engine.asked)
+        await until(lambda: len(engine.asked) > asked + 1)
+        assert one.replica.available(time.monotonic())
+
+
+async def test_a_replica_that_stays_away_is_not_news_again(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Scripted(readiness=Trouble.REFUSED)
+    async with worker(settings(), [engine]) as one:
+        await until(lambda: one.replica.cooldown.failures >= 3)
+    said = [each for each in caplog.records if each.levelno >= logging.WARNING and "fails" in each.getMessage()]
+    assert len(said) == 1
+
+
 async def test_a_new_life_of_the_engine_is_a_new_epoch() -> None:
     engine = Scripted(told=EngineInfo(epoch="one"), held=[Adapter("a")])
     async with worker(settings(), [engine]) as one:
@@ -223,6 +254,20 @@ async def test_an_adapter_whose_loading_broke_off_is_asked_for_again() -> None:
     async with worker(settings(adapters=[{"name": "new", "path": "/b"}]), [engine]) as one:
         one.watcher.refresh()
         await until(lambda: engine.loaded == [("new", "/b")], within_s=15.0)
+
+
+async def test_health_is_asked_for_while_an_adapter_takes_its_time_to_load() -> None:
+    class Slow(Scripted):
+        async def load_adapter(self, side: SideChannel, name: str, path: str) -> None:
+            self.asked.append("loading")
+            await asyncio.Event().wait()
+
+    engine = Slow(held=[])
+    async with worker(settings(adapters=[{"name": "new", "path": "/b"}]), [engine]) as one:
+        await until(lambda: "loading" in engine.asked)
+        engine.readiness = Readiness.NOT_READY
+        await until(lambda: one.replica.unavailable_reason(time.monotonic()) == "not_ready")
+        assert engine.asked.count("loading") == 1
 
 
 async def test_a_list_of_thousands_of_adapters_is_still_a_note() -> None:

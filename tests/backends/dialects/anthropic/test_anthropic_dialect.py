@@ -53,10 +53,14 @@ async def test_the_models_are_listed_on_one_page() -> None:
 
 CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
 LIMITS = "You have reached your specified API usage limits. You will regain access on 2026-12-01 at 00:00 UTC."
+WORKSPACE = "You have reached your specified workspace API usage limits. You will regain access on 2026-12-01."
+QUOTED = "thinking: Input tag 'credit balance is too low' found using 'type' does not match any of the expected tags"
 FAULTS: list[tuple[int, dict[str, Any], Fault]] = [
     (400, {"type": "invalid_request_error", "message": "max_tokens: too large"}, Fault.REQUEST),
     (400, {"type": "invalid_request_error", "message": CREDIT}, Fault.CREDENTIAL),
     (400, {"type": "invalid_request_error", "message": LIMITS}, Fault.CREDENTIAL),
+    (400, {"type": "invalid_request_error", "message": WORKSPACE}, Fault.CREDENTIAL),
+    (400, {"type": "invalid_request_error", "message": QUOTED}, Fault.REQUEST),  # a caller's own words
     (400, {"type": "invalid_request_error", "message": None}, Fault.REQUEST),
     (400, {"message": "no", "details": {"error_code": "organization_on_hold"}}, Fault.CREDENTIAL),
     (400, {"message": "no", "details": {"error_code": ["x"]}}, Fault.REQUEST),

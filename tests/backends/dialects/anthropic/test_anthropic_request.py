@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from backends.dialects.anthropic import DEFAULT_MAX_TOKENS
+from backends.dialects.anthropic.conversation import tool_id
+from backends.dialects.protocol import Untranslatable
 from tests.backends.dialects.anthropic.parts import (
     MARK,
     PNG,
@@ -371,3 +375,31 @@ def test_arguments_keep_every_digit() -> None:
     body = prepare({"messages": [USER, *calls]}).body
     assert body is not None
     assert arguments.encode() in body
+
+
+def test_tens_of_thousands_of_tool_results_take_no_time() -> None:
+    many = 50_000
+    texts = [{"role": "user", "content": "a"}] * many
+    began = time.process_time()
+    (turn,) = body_of({"messages": [*texts, *[{"role": "tool", "tool_call_id": "t", "content": "b"}] * many]})[
+        "messages"
+    ]
+    assert time.process_time() - began < 5  # half a second; minutes if each looked for its place
+    assert [block["type"] for block in turn["content"]] == ["tool_result"] * many + ["text"] * many
+
+
+def test_a_long_foreign_id_becomes_the_same_short_one_for_call_and_result() -> None:
+    long = "functions.search:" + "+/" * 500_000
+    began = time.process_time()
+    used_as, other = tool_id(long, "id"), tool_id(long + "+", "id")
+    assert time.process_time() - began < 0.2
+    assert used_as == tool_id(long, "id") != other
+    assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", used_as)
+    assert tool_id("a" * 100, "id") == "a" * 100
+
+
+def test_a_url_of_semicolons_is_refused_at_once() -> None:
+    began = time.process_time()
+    with pytest.raises(Untranslatable, match="base64 data"):
+        body_of({"messages": [user(image("data:" + ";" * 10_000_000))]})
+    assert time.process_time() - began < 0.2
