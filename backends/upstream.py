@@ -7,11 +7,12 @@ here: the head is built from nothing, not filtered.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
 from backends.dialects import Dialect
-from backends.dialects.protocol import Adapter, EngineInfo
+from backends.dialects.protocol import Adapter, EngineInfo, NotOffered
 from backends.errors import UpstreamError
 from backends.http1 import Headers
 from backends.origin import Origin
@@ -57,6 +58,7 @@ class Upstream:
         """Those of the configuration, for engines that list none and want to be told the path each time."""
         self.info: EngineInfo | None = None
         """What it said it is; None until it was asked."""
+        self._learning: asyncio.Task[None] | None = None
         self.counts_work = False
         """Whether its load reports have counters of the work it does, so that silence need not mean that it hangs."""
         self.signals = Signals(replica.name)
@@ -101,6 +103,20 @@ class Upstream:
         replica.health.checked_progress(
             replica.in_flight if self.counts_work else replica.streams, engine_progressed, now
         )
+
+    async def learn_adapters(self) -> None:
+        """Ask which adapters the replica holds. Whoever asks meanwhile shares the answer. Raises `SideChannelError`."""
+        learning = self._learning
+        if learning is None or learning.done():
+            learning = self._learning = asyncio.get_running_loop().create_task(self._learn_adapters())
+        await asyncio.shield(learning)
+
+    async def _learn_adapters(self) -> None:
+        try:
+            self.adapters = await self.dialect.adapters(self.side)
+        except NotOffered:
+            self.adapters = ()
+        self.replica.adapters = frozenset(each.name for each in self.adapters if each.resident)
 
     async def abort(self, request_id: str) -> None:
         """Tell the engine to stop a request, where it can be told. Best effort: failure is logged, not raised."""

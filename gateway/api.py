@@ -18,6 +18,7 @@ from gateway.errors import ModelNotFound
 from gateway.fleet import ModelRoute
 from gateway.order import INFERENCE_PATHS
 from gateway.runtime import Runtime
+from routing.types import Replica
 
 
 def build_app(runtime: Runtime) -> ASGIApp:
@@ -100,10 +101,16 @@ class _Api:
             return _json({"status": "draining"}, 503)
         now = time.monotonic()
         pools = runtime.fleet.pools.values()
-        without = sorted(pool.name for pool in pools if not any(each.available(now) for each in pool.replicas))
+        without = sorted(pool.name for pool in pools if not any(_may_serve(each, now) for each in pool.replicas))
         if pools and len(without) == len(pools):
             return _json({"status": "no_replica_available", "pools_without_replica": without}, 503)
         return _json({"status": "ready", "pools_without_replica": without})
+
+
+def _may_serve(replica: Replica, now: float) -> bool:
+    """Whether the replica serves, or is about to: being busy, or one lost connection, is no reason to turn away."""
+    reason = replica.unavailable_reason(now)
+    return reason in (None, "full", "half_open") or (reason == "cooling_down" and replica.cooldown.failures < 2)
 
 
 def _model_object(name: str, route: ModelRoute, created_unix_s: int) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from functools import partial
 from backends.dialects.protocol import Untranslatable, Wish
 from backends.errors import HeadTimeout, IdleTimeout, UpstreamError
 from backends.http1 import Connection
+from backends.side import SideChannelError
 from backends.upstream import Upstream
 from gateway import usage
+from gateway.attempts import MAX_ATTEMPTS, Attempts
 from gateway.errors import (
     Draining,
     GatewayError,
@@ -34,13 +36,12 @@ from gateway.relay import Relay, UpstreamReply
 from gateway.reply import Headers, Reply
 from gateway.runtime import Runtime
 from gateway.upstream_errors import error_in_answer
-from gateway.verdict import Again, Verdict, of_connection, of_relay, of_reply, refused_field
+from gateway.verdict import Again, Verdict, of_connection, of_question, of_relay, of_reply, refused_field
+from routing.policies import PANIC
 from routing.types import Decision, Replica
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
-"""How often a request is sent or a connection waited for in vain. Replicas that are not even there do not count."""
 _STANDING: Headers = [(b"x-tidegate-queue-ms", b"0"), (b"x-tidegate-store", b"memory")]
 """True of every reply for now: nothing queues here yet, and there is one kind of store."""
 POOL_WAIT_S = 1.0
@@ -74,52 +75,38 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
 async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange: Exchange, runtime: Runtime) -> None:
     """Try replicas until one answers; write its answer."""
     pool = order.route.pool
-    tried: list[Replica] = []
-    last: GatewayError | None = None
-    counted = 0
-    worked_on = False
-    stale = False
-    while True:
-        now = time.monotonic()
-        if now - exchange.started_at >= order.total_s:
-            raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.")
-        decision = runtime.policy.decide(order.request, pool.replicas, now, tried)
-        replica = decision.replica
-        if replica is None or counted >= MAX_ATTEMPTS:
-            raise last or _none_left(decision)
-        upstream = pool.upstreams[replica]
-        with replica.reserve(order.request):
-            exchange.attempts += 1
-            _note_choice(exchange, replica, decision)
-            if exchange.stream:
-                relay.headers = _headers(exchange, [(b"content-type", b"text/event-stream; charset=utf-8")])
-            whole, verdict = await _attempt(call, order, relay, upstream, runtime)
-        if verdict is None:
-            if whole is None:
-                reply.finish()
-            else:
-                runtime.witness.answered(replica, pool.replicas)
-                _write_whole(whole, upstream, reply, exchange)
-            used = exchange.usage if relay.reader is None else relay.reader.usage
-            if used is not None and call.path != EMBEDDINGS:
-                upstream.signals.saw_usage(used.cached_tokens)
-            exchange.outcome = Outcome.COMPLETED
-            return
-        runtime.witness.failed(replica, pool.replicas, verdict)
-        again = verdict.again
-        if last is None or again is not Again.UNCOUNTED or verdict.cause is not None:
-            last = verdict.error  # what one engine has no words for is no reason to hide that another is busy
-        if again is Again.ANYWHERE:
-            if stale:  # one kept-alive connection may die under a request; two are no coincidence
-                again = Again.NEVER if upstream.hosted else Again.ONCE
-            stale = True
-            upstream.pool.drop_idle()  # they are as old as that one
-        counted += again is not Again.UNCOUNTED
-        if again is Again.NEVER or relay.started_content or (worked_on and again is Again.ONCE):
-            raise last
-        worked_on |= again is Again.ONCE
-        if again is not Again.ANYWHERE:
-            tried.append(replica)
+    story = Attempts(pool.replicas, runtime.witness)
+    try:
+        while True:
+            now = time.monotonic()
+            if now - exchange.started_at >= order.total_s:
+                raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.")
+            decision = runtime.policy.decide(order.request, pool.replicas, now, story.tried)
+            replica = decision.replica
+            if replica is None or story.counted >= MAX_ATTEMPTS:
+                raise story.error or _none_left(decision)
+            upstream = pool.upstreams[replica]
+            with replica.reserve(order.request):
+                exchange.attempts += 1
+                _note_choice(exchange, replica, decision)
+                if exchange.stream:
+                    relay.headers = _headers(exchange, [(b"content-type", b"text/event-stream; charset=utf-8")])
+                whole, verdict = await _attempt(call, order, relay, upstream, runtime)
+            if verdict is None:
+                if whole is None:
+                    reply.finish()
+                else:
+                    runtime.witness.answered(replica, pool.replicas)
+                    _write_whole(whole, upstream, reply, exchange)
+                used = exchange.usage if relay.reader is None else relay.reader.usage
+                if used is not None and call.path != EMBEDDINGS:
+                    upstream.signals.saw_usage(used.cached_tokens)
+                exchange.outcome = Outcome.COMPLETED
+                return
+            if not story.goes_on(upstream, verdict, in_panic=decision.reason in PANIC) or relay.started_content:
+                raise verdict.error
+    finally:
+        story.close()
 
 
 async def _attempt(
@@ -130,6 +117,8 @@ async def _attempt(
         whole = await _ask(call, order, relay, upstream, runtime)
     except UpstreamError as error:
         return None, of_connection(error, upstream.hosted)
+    except SideChannelError as error:
+        return None, of_question(error)
     except Untranslatable as error:
         # An engine of another kind in the same pool may have the words.
         refused = InvalidRequest(str(error), param=error.param, code="unsupported_parameter")
@@ -152,10 +141,13 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
     field for good only when that helped: a client can have any word stand in the message of its own bad request.
     """
     dialect = upstream.dialect
+    if dialect.must_know_adapters and upstream.replica.adapters is None:
+        await upstream.learn_adapters()  # once in each life of the engine
     wish = Wish(
         path=call.path,
         fields=order.body.fields,
-        request_id=order.request.id,
+        # An engine may still hold the id of an attempt that was given up, and an abort may still be on its way to it.
+        request_id=order.request.id if relay.exchange.attempts == 1 else runtime.new_request_id(),
         stream=order.request.stream,
         model=upstream.model or order.route.upstream_model,
         adapter=order.route.adapter,
@@ -181,7 +173,7 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
             )
         except (asyncio.CancelledError, UpstreamTimeout, Draining, HeadTimeout, IdleTimeout):
             if not relay.completed:
-                runtime.abort(upstream, order.request.id)
+                runtime.abort(upstream, wish.request_id)
             raise
         refused = refused_field(whole, values, order.body.fields)
         if refused is None or whole is None:

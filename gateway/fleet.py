@@ -35,6 +35,7 @@ class Pool:
     """Body fields that clients may not set: those of all its engines together."""
     credential: Credential
     """The state of the key that its replicas share."""
+    by_identity: Mapping[str, Replica]
 
     def knows_adapter(self, name: str) -> bool:
         """Whether the configuration or any replica knows a LoRA adapter of this name."""
@@ -144,15 +145,12 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
     same_client = previous is not None and _client(previous.settings) == _client(backend)
     credential = Credential() if previous is None or not same_client else previous.credential
     rules = _rules(backend)
-    # Until the facts are read again: a new address under an old name is still the replica that was drained.
-    drained = {replica.name for replica in previous.replicas if replica.draining} if previous is not None else set()
     upstreams: dict[Replica, Upstream] = {}
     for entry in backend.replicas:
         engine = entry.engine or backend.engine
         replica = old.get((entry.url, entry.dp_rank)) or Replica(
             entry.name, name, entry.url, engine, health=Health(rules, Random())
         )
-        replica.draining |= entry.name in drained
         unchanged = same_client and replica.engine == engine
         replica.name = entry.name
         replica.engine = engine
@@ -171,7 +169,9 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
         kept.configured_adapters = tuple(Adapter(each.name, each.path) for each in backend.adapters)
         upstreams[replica] = kept
     reserved = frozenset[str]().union(*(upstream.dialect.reserved for upstream in upstreams.values()))
-    return Pool(name, backend, tuple(upstreams), upstreams, reserved, credential)
+    return Pool(
+        name, backend, tuple(upstreams), upstreams, reserved, credential, {each.identity: each for each in upstreams}
+    )
 
 
 def _rules(backend: Backend) -> Rules:

@@ -102,6 +102,8 @@ def _message(status: int, fields: dict[str, Any]) -> str:
 def from_stream_event(error: dict[str, Any]) -> UpstreamSaid:
     """The error for one sent as an event of a stream; a numeric `code` or `status` is read as one (SGLang's 503)."""
     for said in (error.get("code"), error.get("status")):
+        if isinstance(said, str) and said.isascii() and said.isdigit() and len(said) == 3:
+            said = int(said)
         if type(said) is int and 400 <= said < 600:
             return UpstreamSaid(said, error)
     return UpstreamSaid(500, error)

@@ -24,8 +24,9 @@ from backends.errors import (
     IdleTimeout,
     UpstreamError,
 )
+from backends.side import SideChannelError, Trouble
 from backends.upstream import Upstream
-from gateway.errors import Draining, GatewayError, UpstreamTimeout
+from gateway.errors import Draining, GatewayError, UpstreamFailed, UpstreamTimeout
 from gateway.relay import UpstreamReply
 from gateway.upstream_errors import UpstreamSaid, UpstreamStalled, error_of, from_connection, from_status
 from routing.health import Evidence
@@ -56,8 +57,10 @@ class Verdict(msgspec.Struct, frozen=True):
     evidence: Evidence | None
     """What it says about the replica; None: nothing."""
     again: Again
-    cause: UpstreamError | None = None
+    cause: UpstreamError | SideChannelError | None = None
     """What happened on the connection, for the log: it names the address."""
+    answered: bool = False
+    """The failure was the server's answer. Then it may be the request's doing."""
     credential_refused: int = 0
     """The status by which our key was refused; 0 when it was not."""
 
@@ -79,6 +82,16 @@ def of_connection(error: UpstreamError, hosted: bool) -> Verdict:
         # Slowness may be a long prefill; and the client has waited for long enough.
         return Verdict(shown, Evidence.STALLED, Again.NEVER, error)
     return Verdict(shown, Evidence.FAILED, Again.NEVER if hosted else Again.ONCE, error)
+
+
+def of_question(error: SideChannelError) -> Verdict:
+    """For an engine that did not answer what had to be known before the request could be put to it."""
+    shown = UpstreamFailed("The model server could not be asked what it holds.", code="upstream_unreachable")
+    if error.trouble is Trouble.REFUSED:
+        return Verdict(shown, Evidence.UNREACHABLE, Again.UNCOUNTED, error)
+    return Verdict(
+        shown, Evidence.STALLED if error.trouble is Trouble.TIMEOUT else Evidence.FAILED, Again.SAFELY, error
+    )
 
 
 def of_reply(reply: UpstreamReply, upstream: Upstream) -> Verdict:
@@ -111,7 +124,7 @@ def _of_fault(error: GatewayError, fault: Fault, status: int) -> Verdict:
         case Fault.CREDENTIAL:
             return Verdict(error, Evidence.REJECTED, Again.SAFELY, credential_refused=status)
     # It answered with a failure, so that nothing was billed; but it may be this very request that makes it fail.
-    return Verdict(error, Evidence.FAILED, Again.ONCE)
+    return Verdict(error, Evidence.FAILED, Again.ONCE, answered=True)
 
 
 def refused_field(reply: UpstreamReply | None, values: Mapping[str, bytes], asked: Mapping[str, Any]) -> str | None:

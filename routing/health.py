@@ -186,16 +186,21 @@ class Health:
 
     def unreachable(self, now: float) -> Change | None:
         """A connection was refused. Ends a trial like any failure; otherwise the cool-down is answer enough."""
-        begins = not self.cooldown.active(now)
-        self.cooldown.failed(now)
-        if self._away_since is None:
-            self._away_since = now
-        change = Change.UNREACHABLE if begins else None
+        change = self._refused(now)
         if self.ejection.out and self.ejection.failed(self.rules, now):
             self._eject(now)
             change = Change.EJECTED
         self._settle()
         return change
+
+    def _refused(self, now: float) -> Change | None:
+        """Leave it alone for a moment. A refused probe is no failed trial: an ejection would outlast the absence."""
+        begins = not self.cooldown.active(now)
+        self.cooldown.failed(now)
+        if self._away_since is None:
+            self._away_since = now
+        self._settle()
+        return Change.UNREACHABLE if begins else None
 
     def _eject(self, now: float) -> None:
         self.ejection.eject(self.rules, now)
@@ -223,7 +228,7 @@ class Health:
         a sign of life since the first of them starts the count anew.
         """
         if refused:
-            return self.unreachable(now)
+            return self._refused(now)
         if self._probe_failures and self._last_life() >= self._probe_failed_since:
             self._probe_failures = 0
         if not self._probe_failures:

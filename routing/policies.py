@@ -8,6 +8,11 @@ from random import Random
 from routing.filters import SOFT, exclusion_reason
 from routing.types import Decision, Exclusion, InferenceRequest, Replica
 
+ALL_COOLING_DOWN = "all_cooling_down"
+ALL_UNHEALTHY = "all_unhealthy"
+PANIC = frozenset({ALL_COOLING_DOWN, ALL_UNHEALTHY})
+"""Reasons of decisions for want of any replica that looks well."""
+
 
 class LeastOutstanding:
     """The replica with the fewest requests in flight per unit of weight; equals are drawn in proportion to weight.
@@ -52,7 +57,7 @@ class LeastOutstanding:
         resting = all(each.reason == "cooling_down" for each in suspects)
         return Decision(
             self._least([each.replica for each in suspects], now),
-            "all_cooling_down" if resting else "all_unhealthy",
+            ALL_COOLING_DOWN if resting else ALL_UNHEALTHY,
             [each for each in excluded if each.reason not in SOFT],
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Protocol
 
 from routing.credential import Credential
@@ -61,6 +62,11 @@ class Replica:
     """Data-parallel rank of the engine that this replica stands for; None leaves the choice to the engine."""
     epoch: str | None = None
     """Changes when the engine has restarted or changed its weights, so that its cache is empty."""
+
+    @property
+    def identity(self) -> str:
+        """Digest of address and rank, the same for one engine under any name or position."""
+        return blake2b(f"{self.url} {self.dp_rank}".encode(), digest_size=8).hexdigest()
 
     @property
     def cooldown(self) -> Cooldown:

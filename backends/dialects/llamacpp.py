@@ -76,6 +76,7 @@ class LlamaCpp(OpenAI):
     reserved = frozenset({"id_slot", "lora", "sse_ping_interval"})
     """A slot pinned by one caller serves nobody else, adapters are chosen by the gateway, and pings tell it that the
     engine lives."""
+    must_know_adapters = True
     strands_requests = True
 
     def prepare(self, wish: Wish) -> Prepared:
@@ -87,6 +88,9 @@ class LlamaCpp(OpenAI):
         scales = self._scales(wish)
         if scales is not None:
             prepared.values["lora"] = scales
+            # Its cache of finished prompts does not tell adapters apart (xllamacpp 2026.10.11549): a prompt would be
+            # continued from what another adapter made of it, whatever scales it comes with.
+            prepared.values["cache_prompt"] = b"false"
         if not wish.stream and streams_alike(wish.fields):
             prepared.values["stream"] = b"true"
             prepared.values["stream_options"] = b'{"include_usage":true}'

@@ -82,6 +82,7 @@ class OpenAI:
     hosted = False
     priority = Priority.NONE
     reserved: frozenset[str] = frozenset()
+    must_know_adapters = False
     adapters_by_path = False
     strands_requests = False
 
@@ -176,6 +177,6 @@ def readiness(answer: Answer) -> Readiness:
         return Readiness.READY if b"Missing scopes:" in answer.body[:4096] else Readiness.UNAUTHORIZED
     if answer.status == 503:
         return Readiness.NOT_READY
-    if answer.status < 500:
+    if answer.status < 500 and answer.status != 408 and not 300 <= answer.status < 400:
         return Readiness.READY
     raise SideChannelError(Trouble.STATUS, f"{answer.url} answered {answer.status}", answer.status)

@@ -205,6 +205,8 @@ class Dialect(Protocol):
     priority: Priority
     reserved: frozenset[str]
     """Body fields that steer the engine itself (ranks, files, other hosts): the gateway sets them, clients may not."""
+    must_know_adapters: bool
+    """Requests have to name every adapter that it holds, those for the base model too."""
     adapters_by_path: bool
     """It lists no adapters, and takes one with each request, by a path that it can read."""
     strands_requests: bool

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-MAX_PAYLOAD_BYTES = 64 << 20
+MAX_PAYLOAD_BYTES = 32 << 20
 """A page of one token costs about 160 bytes, so a prompt of 128,000 tokens at page size 1 has 20 MB in one batch."""
 MAX_EVENTS = 131_072
 """In one batch. A second's work for a busy engine; without a bound, six megabytes of tiny ones take seconds to read."""

@@ -43,14 +43,13 @@ class Board:
 
         What cannot be read, or is about a replica that is not here, is passed over.
         """
-        kind, pool_name, replica_name, observer = (*fact.key.split("/", 3), "", "", "")[:4]
+        kind, pool_name, identity, observer = (*fact.key.split("/", 3), "", "", "")[:4]
         pool = self._runtime.fleet.pools.get(pool_name)
         if pool is None or (kind == notes.PROBE and not pool.settings.health.probe):
             return
-        for replica, upstream in pool.upstreams.items():
-            if replica.name == replica_name:
-                self._apply(kind, observer, replica, upstream, pool.replicas, fact.value, old)
-                return
+        replica = pool.by_identity.get(identity)
+        if replica is not None:
+            self._apply(kind, observer, replica, pool.upstreams[replica], pool.replicas, fact.value, old)
 
     def _apply(
         self,
@@ -69,7 +68,7 @@ class Board:
             if kind == notes.LOAD:
                 replica.load = None
         elif kind == notes.PROBE:
-            self._probe(replica, upstream, _read(value, notes.ProbeNote), now)
+            self._probe(replica, upstream, _read(value, notes.ProbeNote), old, now)
         elif kind == notes.LOAD:
             _load(replica, upstream, _read(value, notes.LoadNote), now)
         elif kind == notes.INFO:
@@ -86,9 +85,9 @@ class Board:
         elif kind == notes.RECOVERED and observer != self._holder and not old:
             replica.health.hint_recovered(now)
 
-    def _probe(self, replica: Replica, upstream: Upstream, note: notes.ProbeNote | None, now: float) -> None:
-        if note is None:
-            return
+    def _probe(self, replica: Replica, upstream: Upstream, note: notes.ProbeNote | None, old: bool, now: float) -> None:
+        if note is None or (old and note.trouble not in (None, Trouble.REFUSED)):
+            return  # an unanswered probe is counted once, not at every new reading
         was_reachable = replica.health.unavailable_reason(now) != "cooling_down"
         if note.readiness == Readiness.UNAUTHORIZED:
             credential = replica.credential

@@ -62,17 +62,25 @@ class KvListener:
     async def _listen(self, endpoint: KvEventsEndpoint) -> None:
         """Until the engine names another endpoint; a new life of the engine starts the streams anew."""
         epoch = self._upstream.replica.epoch
+        seen = self._breaks()
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(each.run()) for each in self._subscribers.values()]
             while self._endpoint() in (endpoint, None):
                 await asyncio.sleep(_ASK_AGAIN_S)
                 if self._upstream.replica.epoch not in (epoch, None):
-                    if epoch is not None:
-                        for each in self._subscribers.values():
+                    # A stream that broke off since has found out by itself, and may know the new life from its start.
+                    now = self._breaks()
+                    for rank, each in self._subscribers.items():
+                        if epoch is not None and now[rank] == seen[rank]:
                             each.engine_restarted()
-                    epoch = self._upstream.replica.epoch
+                    epoch, seen = self._upstream.replica.epoch, now
             for task in running:
                 task.cancel()
+
+    def _breaks(self) -> dict[int, int]:
+        """How often each rank's stream has noticed an end of the engine, or of the connection to it."""
+        counters = {rank: each.report().counters for rank, each in self._subscribers.items()}
+        return {rank: each.restarts + each.disconnects for rank, each in counters.items()}
 
     def _endpoint(self) -> KvEventsEndpoint | None:
         """Where to listen; None while the engine has not said."""

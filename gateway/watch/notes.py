@@ -1,6 +1,6 @@
 """What workers tell each other about replicas, as facts in the store.
 
-Keys are `<kind>/<pool>/<replica>`; an ejection has its observer at the end. Values are JSON. Times travel as seconds
+Keys are `<kind>/<pool>/<identity>`; an ejection has its observer at the end. Values are JSON. Times travel as seconds
 from now or as wall-clock time, never as a monotonic clock, which means nothing to another process.
 """
 
@@ -56,8 +56,12 @@ class EjectionNote(msgspec.Struct, frozen=True):
 
 
 def replica_key(replica: Replica) -> str:
-    """How a replica is called between workers: `<pool>/<name>`."""
-    return f"{replica.pool}/{replica.name}"
+    """How a replica is called between workers: `<pool>/<identity>`.
+
+    Not by its name, which is its position where the configuration gives none: a reload would have the drain of one
+    engine fall on another.
+    """
+    return f"{replica.pool}/{replica.identity}"
 
 
 def key(kind: str, replica: Replica, observer: str = "") -> str:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import msgspec
 
@@ -33,6 +36,7 @@ ADAPTERS_S = 5.0
 NOT_OFFERED_S = 60.0
 """How long what an engine does not offer is not asked for again, unless it begins anew before."""
 LONGEST_FACT_S = 86_400.0
+MANY_MODELS = 100
 MANY_ADAPTERS = 200
 """Beyond this many their paths are left out of what workers tell each other; names alone are short."""
 
@@ -51,12 +55,16 @@ class Patrol:
         self._due: dict[str, float] = {}
         self._last_load: EngineLoad | None = None
         self._was_away = True
-        self._returns = 0
+        self._return = ""
+        """Stands for the engine's epoch where it has none of its own: another one after each absence."""
         self._epoch = ""
+        self._known_before = False
+        self._holding = False
+        """Whether this worker held the lease at the last round."""
         self._asked_for: set[str] = set()
         """Adapters this worker has had loaded since the engine began; engines may drop them again as they like."""
-        self._errand: asyncio.Task[None] | None = None
-        """What may take minutes, such as loading adapters; health and load are asked for meanwhile."""
+        self._errands: dict[str, asyncio.Task[None]] = {}
+        """The questions that are under way."""
         hosted = upstream.hosted
         self._probe_s = self._health.probe_interval_s or (HOSTED_PROBE_S if hosted else OWN_PROBE_S)
         self.made_a_round = asyncio.Event()
@@ -75,9 +83,9 @@ class Patrol:
                 self.made_a_round.set()
                 await asyncio.sleep(self.round_s * rng.uniform(0.9, 1.1))
         finally:
-            if self._errand is not None:
-                self._errand.cancel()
-                self._errand = None
+            for task in self._errands.values():
+                task.cancel()
+            self._errands.clear()
             with suppress(StoreError):
                 await self._store.release(self.lease, self._holder)
 
@@ -88,23 +96,38 @@ class Patrol:
         if replica.health.unavailable_reason(now) == "half_open" and await self._may_try():
             replica.health.begin_trial(now)
         if await self._claim("watch"):
-            await asyncio.gather(*(ask() for ask in (self._probe, self._ask_load)))
-            if self._errand is not None or not self._was_away:
-                await self._look_closer()
+            if not self._holding:
+                self._holding = True
+                self._adopt()
+            await self._do(probe=self._probe, load=self._ask_load)
+            if not self._was_away:
+                await self._do(rest=self._ask_rest)
         else:
             # Whoever holds the lease knows better what has changed meanwhile; begin from nothing when it is ours.
             self._due.clear()
             self._last_load = None
+            self._was_away = True
+            self._holding = False
 
-    async def _look_closer(self) -> None:
-        """Ask what it is and which adapters it holds. The round in which that begins waits for it, within reason."""
-        begun = self._errand is None
-        if self._errand is None:
-            self._errand = asyncio.create_task(self._ask_rest(), name="patrol's errand")
-        done, _ = await asyncio.wait([self._errand], timeout=self.round_s if begun else 0.0)
-        if done:
-            errand, self._errand = self._errand, None
-            errand.result()
+    def _adopt(self) -> None:
+        """Go on with the life of the engine that is known already: of another worker's, or from before a reload."""
+        self._epoch = self._return = self._upstream.replica.epoch or ""
+        self._known_before = bool(self._epoch)
+
+    async def _do(self, **errands: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Begin what is not under way already, and wait for it, within reason.
+
+        A page that takes ten seconds, or an adapter that takes minutes, keeps nobody from asking the next question,
+        nor the lease from being renewed.
+        """
+        begun = [name for name in errands if name not in self._errands]
+        for name in begun:
+            self._errands[name] = asyncio.create_task(errands[name](), name=f"patrol: {name}")
+        if begun:
+            await asyncio.wait([self._errands[name] for name in begun], timeout=self.round_s)
+        for name in errands:
+            if self._errands[name].done():
+                self._errands.pop(name).result()
 
     async def _ask_rest(self) -> None:
         await self._ask_info()
@@ -119,7 +142,7 @@ class Patrol:
 
     async def _claim(self, job: str) -> bool:
         lease = f"{job}/{notes.replica_key(self._upstream.replica)}"
-        return await self._store.claim(lease, self._holder, max(5.0, 3 * self.round_s))
+        return await self._store.claim(lease, self._holder, max(5.0, 5 * self.round_s))
 
     def _is_due(self, question: str, interval_s: float) -> bool:
         now = time.monotonic()
@@ -151,7 +174,10 @@ class Patrol:
             return
         away = note.trouble == Trouble.REFUSED or note.readiness == Readiness.NOT_READY
         if self._was_away and not away:
-            self._returns += 1
+            if self._known_before:
+                self._known_before = False  # it was there all the time, as far as anybody knows
+            else:
+                self._return = f"return {secrets.token_hex(4)}"
             self._due.pop("info", None)
             self._due.pop("adapters", None)
         self._was_away = away
@@ -171,6 +197,7 @@ class Patrol:
             logger.debug("load of %s: %s", upstream.replica.name, error)
             return
         last, self._last_load = self._last_load, load
+        load = replace(load, resident_adapters=None)  # asked for by itself, and may be long
         note = notes.LoadNote(load, prefill_speed(last, load), has_progressed(last, load))
         await self._post(notes.LOAD, note, 5 * self._health.load_interval_s + self._health.timeout_s)
 
@@ -184,13 +211,14 @@ class Patrol:
             logger.debug("info of %s: %s", upstream.replica.name, error)
             self._due[INFO] = time.monotonic() + self.round_s
             return
-        epoch = info.epoch or f"return {self._returns}"
+        epoch = info.epoch or self._return
         if epoch != self._epoch:
             self._epoch = epoch
             self._asked_for.clear()
             self._last_load = None
             self._due.pop(LOAD, None)
             self._check_model(info)
+        info = replace(info, models=info.models[:MANY_MODELS])
         await self._post(notes.INFO, notes.InfoNote(info, epoch), LONGEST_FACT_S)
 
     def _check_model(self, info: EngineInfo) -> None:
@@ -252,7 +280,7 @@ def prefill_speed(before: EngineLoad | None, now: EngineLoad) -> float | None:
         return None
     tokens = now.prefill_tokens_total - before.prefill_tokens_total
     busy_s = now.prefill_busy_s_total - before.prefill_busy_s_total
-    return busy_s * 1e6 / tokens if tokens > 0 and busy_s >= 0 else None
+    return busy_s * 1e6 / tokens if tokens > 0 and busy_s > 0 else None
 
 
 def has_progressed(before: EngineLoad | None, now: EngineLoad) -> bool:

@@ -87,7 +87,9 @@ async def test_liveness_and_readiness(edge: str) -> None:
         assert (await client.get("/livez")).status_code == 200
         assert (await client.get("/readyz")).status_code == 200
         (replica,) = gateway.runtime.fleet.pools["pool"].replicas
-        replica.cooldown.until = float("inf")
+        replica.cooldown.until, replica.cooldown.failures = float("inf"), 1
+        assert (await client.get("/readyz")).status_code == 200  # one lost connection is no reason to turn away
+        replica.cooldown.failures = 2
         unready = await client.get("/readyz")
         replica.cooldown.succeeded()
         assert (await client.get("/readyz")).status_code == 200

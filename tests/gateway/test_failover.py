@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from typing import Any
 
@@ -135,11 +136,46 @@ async def test_a_replica_that_keeps_failing_is_left_alone_and_the_last_one_never
             assert (await ask(gateway, CHAT)).status == 200
         assert len(bad.requests) == 5
         assert replicas(gateway)[0].unavailable_reason(time.monotonic()) == "ejected"
-        good.script = Behaviour(status=500)
+        good.script = Behaviour(raw="")
         for _ in range(20):
             assert (await ask(gateway, CHAT)).status == 502
         assert replicas(gateway)[1].available(time.monotonic())
         assert gateway.runtime.witness.changes == {("pool", "pool-0", "ejected"): 1, ("pool", "pool-1", "spared"): 1}
+
+
+async def test_a_request_that_fails_wherever_it_goes_is_to_blame_itself() -> None:
+    """Else a handful of them would have half of a pool ejected for everybody."""
+    async with FakeEngine(ports=(0, 0, 0, 0)) as engine, serving(settings_for(engine.urls)) as gateway:
+        for _ in range(40):
+            assert (await ask(gateway, {**CHAT, "fake": {"status": 500}})).status == 502
+        assert len(engine.requests) == 80
+        assert all(each.available(time.monotonic()) for each in replicas(gateway))
+
+
+async def test_every_attempt_has_an_id_of_its_own_for_the_engine() -> None:
+    async with FakeEngine(ports=(0, 0)) as engine, serving(settings_for(engine.urls, engine="sglang")) as gateway:
+        await ask(gateway, {**CHAT, "fake": {"status": 500}})
+        ids = [json.loads(each.body)["rid"] for each in engine.requests]
+        assert len(set(ids)) == 2
+        assert len({len(each) for each in ids}) == 1  # SGLang aborts by prefix
+
+
+@EDGES
+async def test_a_llamacpp_that_cannot_be_asked_for_its_adapters_is_asked_nothing_else(edge: str) -> None:
+    """Without the scales of its adapters a request for the base model would be answered by all of them."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        backend = {"health": {"timeout_s": 0.2}}
+        async with (
+            FakeEngine() as good,
+            serving(settings_for([url, good.url], edge=edge, engine="llamacpp", backend=backend)) as gateway,
+        ):
+            prefer_first(gateway)
+            reply = await ask(gateway, CHAT)
+            assert (reply.status, reply.headers["x-tidegate-replica"]) == (200, "pool-1")
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(1000).startswith(b"GET /lora-adapters")
 
 
 async def test_a_full_queue_is_load_and_no_failure() -> None:

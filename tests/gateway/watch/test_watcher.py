@@ -304,6 +304,51 @@ async def test_a_drained_replica_stays_drained_over_a_reload_and_in_a_new_worker
             await until(lambda: not one.upstreams[0].replica.draining and not other.replica.draining)
 
 
+async def test_a_drain_is_of_an_engine_and_not_of_its_place_in_the_configuration() -> None:
+    async with worker(settings(2), [Scripted(), Scripted()]) as one:
+        first, second = (upstream.replica for upstream in one.upstreams)
+        await one.runtime.store.post(notes.key(notes.DRAIN, first), b'{"since_unix_s":0}')
+        await until(lambda: first.draining)
+        other_order = Settings(
+            models={"m": {"backend": "pool"}},  # type: ignore[dict-item]
+            backends={"pool": {"engine": "openai", "replicas": [{"url": second.url}, {"url": first.url}]}},  # type: ignore[dict-item]
+        )
+        one.runtime.reload(other_order)
+        one.watcher.refresh()
+        await one.watcher.first_look(1.0)
+        assert [(each.replica.url, each.replica.draining) for each in one.upstreams] == [
+            (second.url, False),
+            (first.url, True),
+        ]
+
+
+async def test_a_new_watcher_over_the_same_engine_is_no_new_life_of_it() -> None:
+    store = Shared()
+    async with worker(settings(), [Scripted(told=EngineInfo())], store) as one:
+        await until(lambda: one.replica.epoch)
+        epoch = one.replica.epoch
+        second = Scripted(told=EngineInfo())
+        async with worker(settings(), [second], store) as other:
+            await until(lambda: other.replica.epoch == epoch)
+            await one.watcher.aclose()
+            await until(lambda: second.asked.count("info") > 0)
+            await until(lambda: second.asked.count("probe served") > 3)
+            assert other.replica.epoch == epoch
+
+
+async def test_a_page_that_takes_long_keeps_nobody_from_probing() -> None:
+    class Slow(Scripted):
+        async def load(self, side: SideChannel, dp_rank: int | None) -> EngineLoad:
+            await asyncio.sleep(60)
+            return EngineLoad()
+
+    engine = Slow()
+    async with worker(settings(), [engine]) as one:
+        await until(lambda: engine.asked.count("probe served") > 3)
+        engine.readiness = Readiness.NOT_READY
+        await until(lambda: not one.replica.available(time.monotonic()))
+
+
 async def test_an_ejection_is_told_and_heeded_when_one_has_seen_failures_too() -> None:
     store = Shared()
     scripts = [Scripted(), Scripted()]
