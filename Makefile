@@ -71,8 +71,8 @@ bench: $(VENV)/.ready-dev ## CPU per request and chunk, added latency, the choic
 load: $(VENV)/.ready-dev ## one short round of the same, which writes nothing
 	@$(py) -m loadtests.bench --quick $(ARGS)
 
-test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang on CPU included (a large install, minutes)
-	@$(py) -m tests.engines.sglang.install
+test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang and vLLM on the CPU included (a large install, minutes)
+	@$(py) -m tests.engines.install
 	@$(py) -m pytest tests/engines -m engine $(ARGS)
 
 lock: $(VENV)/.ready-dev ## rewrite requirements/*.txt (ARGS='--upgrade' moves to the newest versions)

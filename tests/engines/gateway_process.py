@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx2
 import openai
 import yaml
 
@@ -27,6 +28,8 @@ SDK_TIMEOUT_S = 120.0
 T = TypeVar("T")
 
 _SERVING = re.compile(r"serving on (http://\S+)")
+_ADMIN = re.compile(r"admin on (http://\S+)")
+ADMIN_TOKEN = "only-for-these-tests-0123456789"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,44 @@ class GatewayProcess:
 
     url: str
     usage_log: Path
+    log: Path
+    admin_url: str
+
+    def replicas(self) -> dict[str, dict[str, Any]]:
+        """What the first worker's `/admin/fleet` says of each replica of the pool, by name."""
+        return self.workers()[0]
+
+    def workers(self) -> list[dict[str, dict[str, Any]]]:
+        """The same of every worker that is up."""
+        shown = self.admin("GET", "/admin/fleet").raise_for_status().json()["workers"]
+        return [
+            {replica["name"]: replica for pool in worker["pools"] for replica in pool["replicas"]}
+            for worker in shown
+            if worker["up"]
+        ]
+
+    def admin(self, method: str, path: str, content: Any = None) -> httpx2.Response:
+        """Ask or order something at the admin listener."""
+        return httpx2.request(
+            method,
+            f"{self.admin_url}{path}",
+            json=content,
+            headers={"authorization": f"Bearer {ADMIN_TOKEN}"},
+            trust_env=False,
+            timeout=SDK_TIMEOUT_S,
+        )
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run `tidegate` with these words against this gateway, and wait for its end."""
+        where = ["--url", self.admin_url, "--token-file", str(self.usage_log.parent / "admin-token")]
+        return subprocess.run(
+            [sys.executable, "-m", "gateway", *words, *where],
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SDK_TIMEOUT_S,
+        )
 
     def sdk(self) -> openai.OpenAI:
         """The stock SDK; without retries, so that a test sees each answer."""
@@ -55,34 +96,58 @@ class GatewayProcess:
             http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
         )
 
+    def records(self) -> list[dict[str, Any]]:
+        """All records that are written by now."""
+        return [json.loads(line) for line in self.usage_log.read_text().splitlines()]
+
+    def cached_tokens(self) -> dict[str, int]:
+        """Sums of the records' cached tokens, by replica."""
+        totals: dict[str, int] = {}
+        for record in self.records():
+            totals[record["replica"]] = totals.get(record["replica"], 0) + (record["cached_tokens"] or 0)
+        return totals
+
     async def record(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first record that is wanted; waits for it, since records are written twice a second."""
-
-        def find() -> dict[str, Any] | None:
-            records: list[dict[str, Any]] = [json.loads(line) for line in self.usage_log.read_text().splitlines()]
-            return next(filter(wanted, records), None)
-
-        return await eventually(find, limit_s=10, what="the record is written")
+        return await eventually(
+            lambda: next(filter(wanted, self.records()), None), limit_s=10, what="the record is written"
+        )
 
 
 @contextmanager
 def running_gateway(
-    folder: Path, *, engine: str, upstream_model: str, replicas: Mapping[str, str], **sections: Any
+    folder: Path,
+    *,
+    engine: str,
+    upstream_model: str,
+    replicas: Mapping[str, str | Mapping[str, Any]],
+    pool: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    **sections: Any,
 ) -> Iterator[GatewayProcess]:
-    """Serve one pool with these replicas (name and URL) for the length of the block; `sections` add to the file."""
+    """Serve one pool with these replicas for the length of the block.
+
+    A replica is a URL or its whole entry but the name; `pool` adds to the pool's, `sections` to the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     usage_log = folder / "usage.jsonl"
     config = folder / "tidegate.yaml"
+    token = folder / "admin-token"
+    token.write_text(ADMIN_TOKEN)
     settings = {
         "server": {"port": 0},
-        "admin": {"enabled": False},
+        "admin": {"port": 0, "token": {"file": str(token)}},
         "usage_log": {"path": str(usage_log)},
         "models": {MODEL: {"backend": "pool", "upstream_model": upstream_model, "aliases": ["gpt-4o-mini"]}},
         "backends": {
             "pool": {
                 "engine": engine,
-                "replicas": [{"name": name, "url": url} for name, url in replicas.items()],
+                "replicas": [
+                    {"name": name, **({"url": entry} if isinstance(entry, str) else entry)}
+                    for name, entry in replicas.items()
+                ],
                 "timeouts": {"first_token_s": SDK_TIMEOUT_S, "idle_s": SDK_TIMEOUT_S},
+                **(pool or {}),
             }
         },
         **sections,
@@ -91,15 +156,16 @@ def running_gateway(
     with (
         (folder / "gateway.log").open("wb+") as log,
         subprocess.Popen(
-            tethered([sys.executable, "-m", "gateway", "serve", "--config", str(config)]),
-            env={name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
+            tethered([sys.executable, "-m", "gateway", "serve", "--config", str(config), "--workers", str(workers)]),
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         ) as process,
     ):
         try:
-            yield GatewayProcess(_address(process, folder / "gateway.log"), usage_log)
+            url, admin_url = _addresses(process, folder / "gateway.log")
+            yield GatewayProcess(url, usage_log, folder / "gateway.log", admin_url)
         finally:
             process.kill()
 
@@ -116,12 +182,17 @@ async def eventually(look: Callable[[], T | None], *, limit_s: float, what: str)
         await asyncio.sleep(0.02)
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The address the gateway says it serves on."""
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}
+
+
+def _addresses(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
+    """The addresses the gateway says it serves on: its own, and the admin's."""
     end = time.monotonic() + START_LIMIT_S
     while time.monotonic() < end and process.poll() is None:
-        serving = _SERVING.search(log.read_text())
-        if serving is not None:
-            return serving[1]
+        said = log.read_text()
+        serving, admin = _SERVING.search(said), _ADMIN.search(said)
+        if serving is not None and admin is not None:
+            return serving[1], admin[1]
         time.sleep(0.05)
     raise RuntimeError(f"the gateway did not start:\n{log.read_text()}")

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from tests.engines.conftest import Served
 from tests.engines.gateway_process import MODEL, eventually
-from tests.engines.sglang.replica import SGLang
+from tests.engines.replica import Replica
 
 pytestmark = pytest.mark.engine
 
@@ -90,9 +90,9 @@ async def test_sglang_stops_all_choices(served_sglang: Served) -> None:
 
 
 @pytest.mark.slow
-async def test_sglang_counts_an_aborted_request(served_sglang: Served, sglang_replica: SGLang) -> None:
-    name = "sglang:num_aborted_requests_total"
-    before = await asyncio.to_thread(sglang_replica.counter, name)
+async def test_sglang_counts_an_aborted_request(served_sglang: Served, sglang_replica: Replica) -> None:
+    before = (await asyncio.to_thread(sglang_replica.counts)).aborted
+    assert before is not None
     async with served_sglang.gateway.async_sdk() as client:
         await leave(served_sglang, stream_it(client), stops_within_s=STOPS_WITHIN_S)
-    await eventually(lambda: sglang_replica.counter(name) == before + 1, limit_s=10, what="the counter has risen")
+    await eventually(lambda: sglang_replica.counts().aborted == before + 1, limit_s=10, what="the counter has risen")

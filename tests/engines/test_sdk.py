@@ -107,7 +107,7 @@ def test_repeated_prompt_comes_from_the_engines_cache(served: Served) -> None:
     assert answer.usage.prompt_tokens_details is not None
     cached = answer.usage.prompt_tokens_details.cached_tokens
     assert cached is not None
-    assert answer.usage.prompt_tokens - 8 <= cached < answer.usage.prompt_tokens
+    assert answer.usage.prompt_tokens - 16 <= cached < answer.usage.prompt_tokens  # SGLang caches pages of 16
 
 
 async def test_record_has_the_usage_that_the_caller_did_not_ask_for(served: Served) -> None:
@@ -233,7 +233,8 @@ def test_unknown_model_is_refused_by_the_gateway(served: Served) -> None:
 
 def test_models_are_the_gateways(served: Served) -> None:
     with served.gateway.sdk() as client:
-        assert {model.id for model in client.models.list()} == {MODEL, "gpt-4o-mini"}
+        # Beside them, names with an adapter of the engine's after a colon.
+        assert {model.id for model in client.models.list() if ":" not in model.id} == {MODEL, "gpt-4o-mini"}
         assert client.models.retrieve(MODEL).id == MODEL
 
 

@@ -15,7 +15,8 @@ from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from tests.engines.conftest import Served
 from tests.engines.gateway_process import MODEL, eventually, running_gateway
-from tests.engines.sglang.replica import NAME, QUEUE_LIMIT, RUNNING_LIMIT, STOP_LIMIT_S, SGLang
+from tests.engines.replica import NAME, RUNNING_LIMIT, Replica
+from tests.engines.sglang.replica import QUEUE_LIMIT
 from tests.engines.tap import tapped
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -45,7 +46,7 @@ async def read_whole(stream: AsyncStream[ChatCompletionChunk]) -> tuple[int, str
 @pytest.mark.parametrize("shown", [False, True], ids=["usage hidden", "usage shown"])
 @pytest.mark.parametrize("options", [{}, {"logprobs": True, "top_logprobs": 2}, {"n": 2}], ids=str)
 async def test_stream_is_the_engines_own_byte_for_byte(
-    sglang_replica: SGLang, tmp_path: Path, options: dict[str, Any], shown: bool
+    sglang_replica: Replica, tmp_path: Path, options: dict[str, Any], shown: bool
 ) -> None:
     body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 40, "temperature": 0, "stream": True, **options}
     if shown:
@@ -97,18 +98,18 @@ async def test_full_queue_is_a_503_on_a_stream_too(served_sglang: Served) -> Non
     await eventually(lambda: served_sglang.running() == 0, limit_s=10, what="the engine is idle")
 
 
-async def test_a_replica_told_to_stop_still_finishes_its_streams(expendable_sglang: SGLang, tmp_path: Path) -> None:
+async def test_a_replica_told_to_stop_still_finishes_its_streams(sglang_replica: Replica, tmp_path: Path) -> None:
     """SGLang drains on SIGTERM: the answer under way comes whole. Once it is gone, the client is told so."""
     with running_gateway(
-        tmp_path / "gateway", engine="sglang", upstream_model=NAME, replicas={"leaving": expendable_sglang.url}
+        tmp_path / "gateway", engine="sglang", upstream_model=NAME, replicas={"leaving": sglang_replica.url}
     ) as gateway:
         async with gateway.async_sdk() as client:
             _, stream = await start_stream(client, max_tokens=400)
             await anext(aiter(stream))
-            expendable_sglang.terminate()
+            sglang_replica.terminate()
             _, finish_reason = await read_whole(stream)
             assert finish_reason == "length"
-            await asyncio.to_thread(expendable_sglang.process.wait, STOP_LIMIT_S)
+            await asyncio.to_thread(sglang_replica.process.wait, sglang_replica.kind.stop_limit_s)
             began_at = time.monotonic()
             with pytest.raises(openai.InternalServerError) as caught:
                 await start_stream(client)
@@ -117,20 +118,21 @@ async def test_a_replica_told_to_stop_still_finishes_its_streams(expendable_sgla
 
 
 async def test_a_killed_replica_breaks_its_stream_and_nothing_else(
-    sglang_replica: SGLang, expendable_sglang: SGLang, tmp_path: Path
+    sglang_pair: tuple[Replica, Replica], tmp_path: Path
 ) -> None:
+    steady, doomed = sglang_pair
     with running_gateway(
         tmp_path / "gateway",
         engine="sglang",
         upstream_model=NAME,
-        replicas={"steady": sglang_replica.url, "doomed": expendable_sglang.url},
+        replicas={"steady": steady.url, "doomed": doomed.url},
     ) as gateway:
         async with gateway.async_sdk() as client:
             # Least outstanding: with one stream on one of them, the second goes to the other.
             streams = dict([await start_stream(client, 500), await start_stream(client, 500)])
             assert set(streams) == {"steady", "doomed"}
             await anext(aiter(streams["doomed"]))
-            expendable_sglang.kill()
+            doomed.kill()
             with pytest.raises(openai.APIError) as caught:
                 await read_whole(streams["doomed"])
             assert caught.value.code == "upstream_disconnected"

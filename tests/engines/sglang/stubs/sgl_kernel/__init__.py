@@ -2,6 +2,8 @@
 
 With `--attention-backend torch_native` the model runs on PyTorch's own operators. Most callers have a fallback for a
 kernel package that cannot be imported, so only the submodules that are imported without one exist.
+
+Every process of SGLang imports this package early, so the one change that LoRA needs in torch is made here too.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from import_only import absent, provide  # type: ignore[import-not-found]
+from page_locking import ignore_page_locking  # type: ignore[import-not-found]
 
 __version__ = "0.0.0+stub"
 
@@ -20,3 +23,5 @@ def __getattr__(name: str) -> Any:
 
 
 provide(__name__, __getattr__, lambda name: name in ("kvcacheio", "mamba"))
+
+ignore_page_locking()
