@@ -31,6 +31,7 @@ def cross_check(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _model_names(data)
     yield from _model_backends(data)
     yield from _replicas(data)
+    yield from _adapters(data)
 
 
 def literal_secrets(data: Any, path: Path = ()) -> Iterator[Finding]:
@@ -170,6 +171,18 @@ def _replicas(data: dict[str, Any]) -> Iterator[Finding]:
             if url is not None and urls.setdefault(place, index) != index:
                 message = f"{shown(url)} is already the address of replicas[{urls[place]}]"
                 yield Finding((*path, "url"), message, "name each engine once; use weight to give it more")
+
+
+def _adapters(data: dict[str, Any]) -> Iterator[Finding]:
+    """A name that stands for two files would be whichever an engine loaded last."""
+    for pool, backend in _mapping(data, "backends").items():
+        adapters = backend.get("adapters") if isinstance(backend, dict) else None
+        names: dict[str, int] = {}
+        for index, adapter in enumerate(adapters if isinstance(adapters, (list, tuple)) else ()):
+            name = adapter.get("name") if isinstance(adapter, dict) else None
+            if isinstance(name, str) and names.setdefault(name, index) != index:
+                message = f"{shown(name)} is already the name of adapters[{names[name]}]"
+                yield Finding(("backends", pool, "adapters", index, "name"), message, "choose another name")
 
 
 def _url_or_none(value: Any) -> str | None:

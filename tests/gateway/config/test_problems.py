@@ -141,6 +141,12 @@ BAD = [
         "is already the address of replicas[0]",
     ),
     (
+        "    adapters: [{name: a, path: /x}, {name: a, path: /y}]",
+        7,
+        "backends.pool.adapters[1].name",
+        "is already the name of adapters[0]",
+    ),
+    (
         "  two:\n    engine: vllm\n    replicas: []",
         9,
         "backends.two.replicas",
