@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -69,6 +70,16 @@ def _header_name(value: str) -> str:
     return value.lower()
 
 
+def _zmq(value: str) -> str:
+    if not re.fullmatch(r"(tcp|ipc)://[!-~]{1,300}", value):
+        raise wrong(f"{shown(value)} is not a ZeroMQ address", "write e.g. tcp://10.0.0.7:5557 or ipc:///run/kv.ipc")
+    return value
+
+
+def _auto_or_zmq(value: str) -> str:
+    return value if value == "auto" else _zmq(value)
+
+
 HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}$"), AfterValidator(_header_name)]
 HeaderValue = Annotated[str, Field(pattern=r"^[!-~]([ -~]{0,998}[!-~])?$")]
 
@@ -97,12 +108,12 @@ class AdapterFile(Section):
 class KvEvents(Section):
     """Where an engine publishes what its KV cache stores and drops."""
 
-    endpoint: Annotated[str, Field(pattern=r"^(auto|(tcp|ipc)://[!-~]{1,300})$")] = Field(
+    endpoint: Annotated[str, AfterValidator(_auto_or_zmq)] = Field(
         default="auto",
         description="ZeroMQ address, such as tcp://10.0.0.7:5557; of rank 0, rank r is at the port plus r. `auto` asks "
         "the engine, where it says (sglang), and takes only a port on the replica's own host.",
     )
-    replay_endpoint: Annotated[str, Field(pattern=r"^(tcp|ipc)://[!-~]{1,300}$")] | None = Field(
+    replay_endpoint: Annotated[str, AfterValidator(_zmq)] | None = Field(
         default=None,
         description="ZeroMQ address where missed events can be asked for. Null: what the engine says, or none.",
     )

@@ -141,6 +141,12 @@ BAD = [
         "is already the address of replicas[0]",
     ),
     (
+        "      - {url: http://b, kv_events: {endpoint: '127.0.0.1:5557'}}",
+        7,
+        "backends.pool.replicas[1].kv_events.endpoint",
+        '"127.0.0.1:5557" is not a ZeroMQ address; write e.g. tcp://10.0.0.7:5557',
+    ),
+    (
         "    adapters: [{name: a, path: /x}, {name: a, path: /y}]",
         7,
         "backends.pool.adapters[1].name",
