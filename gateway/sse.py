@@ -23,6 +23,13 @@ import orjson
 from backends.sse import BOM, BOUNDARY, EventTooLarge, fields
 from backends.usage import Usage, read_openai_usage
 
+CUT_SHORT = frozenset({"abort", "insufficient_system_resource"})
+"""Finish reasons that say the server gave up: vLLM and SGLang when they are stopped, DeepSeek when it has no room.
+
+OpenAI's API knows none of them, and a client would take what it has for the whole answer.
+"""
+ABORTED = {"message": "The model server aborted the answer.", "code": 500}
+
 ReadUsage = Callable[[Mapping[str, Any]], Usage | None]
 """Finds the usage in a whole answer or in a chunk of a stream; None when there is none."""
 
@@ -164,26 +171,33 @@ class StreamReader:
         if error is not None:
             self.error = error
             return b""
-        self._read_choices(chunk.get("choices"))
+        if not self._read_choices(chunk.get("choices")):
+            self.error = dict(ABORTED)
+            return b""
         if isinstance(chunk.get("usage"), dict):
             self.usage = self.read_usage(chunk)
             if self.hide_usage and not chunk.get("choices"):
                 return b""
         return event + terminator
 
-    def _read_choices(self, choices: Any) -> None:
+    def _read_choices(self, choices: Any) -> bool:
+        """Take note of what each choice brought; False when the server gave one up."""
         if not isinstance(choices, list):
-            return
+            return True
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
-            if choice.get("finish_reason"):
+            reason = choice.get("finish_reason")
+            if reason:
+                if isinstance(reason, str) and reason in CUT_SHORT:
+                    return False
                 index = choice.get("index")
                 self._finished.add(index if type(index) is int else 0)
                 self.content_started = True
             if _has_content(choice):
                 self.content_events += 1
                 self.content_started = True
+        return True
 
 
 def _error_in(chunk: dict[str, Any], name: bytes) -> dict[str, Any] | None:

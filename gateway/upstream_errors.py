@@ -24,6 +24,7 @@ from gateway.errors import (
     UpstreamTimeout,
 )
 from gateway.record import Outcome
+from gateway.sse import ABORTED, CUT_SHORT
 
 MAX_RETRY_AFTER_S = 300.0
 _LINK_OR_PATH = re.compile(r"(https?://\S+)|(?:/[\w.@+-]+){3,}(?::\d+)?")
@@ -110,14 +111,26 @@ def from_stream_event(error: dict[str, Any]) -> UpstreamSaid:
 
 
 def error_in_answer(body: bytes) -> UpstreamSaid | None:
-    """The error in a whole answer with status 200, where there is one instead of choices.
+    """The error in a whole answer with status 200: there is one instead of choices, or the server gave a choice up.
 
     OpenRouter documents it; DeepSeek sends its status before it knows how the answer ends.
     """
+    if (b'"abort"' in body or b"insufficient_system_resource" in body) and _is_cut_short(body):
+        return from_stream_event(dict(ABORTED))
     if b'"error"' not in body or b'"choices"' in body:
         return None
     fields = error_of(body)
     return from_stream_event(fields) if fields.get("message") or fields.get("code") else None
+
+
+def _is_cut_short(body: bytes) -> bool:
+    try:
+        choices = orjson.loads(body).get("choices")
+    except (orjson.JSONDecodeError, AttributeError):
+        return False
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and str(choice.get("finish_reason")) in CUT_SHORT for choice in choices
+    )
 
 
 def from_connection(error: UpstreamError) -> GatewayError:

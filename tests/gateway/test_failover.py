@@ -117,6 +117,40 @@ async def test_a_hosted_api_is_not_asked_twice_for_what_it_may_bill(edge: str, f
         assert len(engine.requests) == 1
 
 
+ABORTED = '{"id":"1","choices":[{"index":0,"message":{"content":"say \\"abort\\""},"finish_reason":"%s"}]}'
+
+
+@pytest.mark.parametrize(("reason", "attempts"), [("abort", "2"), ("insufficient_system_resource", "2"), ("stop", "1")])
+async def test_an_answer_that_the_engine_gave_up_is_no_answer(reason: str, attempts: str) -> None:
+    """vLLM and SGLang end like this when they are stopped; a client would take it for the whole."""
+    body = ABORTED % reason
+    event = body.replace("message", "delta")
+    whole = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+    stream = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+    stream += f"data: {event}\n\ndata: [DONE]\n\n"
+    async with FakeEngine() as stopped, FakeEngine() as good, serving(settings_for([stopped.url, good.url])) as gateway:
+        prefer_first(gateway)
+        for asked, answer in ((CHAT, whole), (STREAM, stream)):
+            stopped.script = Behaviour(raw=answer)
+            reply = await ask(gateway, asked)
+            assert (reply.status, reply.headers["x-tidegate-attempts"]) == (200, attempts)
+            assert b'"abort"' not in reply.body.replace(b'\\"abort\\"', b"")
+
+
+async def test_a_stream_that_the_engine_gives_up_after_content_ends_in_an_error() -> None:
+    def event(delta: str, reason: str) -> str:
+        return f'data: {{"choices":[{{"index":0,"delta":{delta},"finish_reason":{reason}}}]}}\n\n'
+
+    events = event('{"content":"x"}', "null") + event("{}", '"abort"') + "data: [DONE]\n\n"
+    head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+    async with FakeEngine(raw=head + events) as engine, serving(settings_for([engine.url])) as gateway:
+        reply = await ask(gateway, STREAM)
+        (record,) = await gateway.settled()
+    assert b'"code":"upstream_error"' in reply.body
+    assert b"[DONE]" not in reply.body
+    assert record.outcome is Outcome.UPSTREAM_INTERRUPTED
+
+
 async def test_a_refused_request_is_not_repeated_and_no_mark() -> None:
     async with FakeEngine(status=400, ports=(0, 0)) as engine, serving(settings_for(engine.urls)) as gateway:
         for _ in range(20):
