@@ -128,9 +128,11 @@ async def _attempt(
     if whole is not None:
         if not whole.answers:
             return None, of_reply(whole, upstream)
-        said = error_in_answer(whole.body) if call.path != EMBEDDINGS else None
-        if said is not None:
-            return None, of_relay(said, upstream)
+        if call.path != EMBEDDINGS:
+            whole.tree = usage.parsed(whole.body)
+            said = error_in_answer(whole.tree, whole.body)
+            if said is not None:
+                return None, of_relay(said, upstream)
     return whole, None
 
 
@@ -159,8 +161,9 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
         relay.begin(upstream.replica)
         prepared = dialect.prepare(wish)
         values = prepared.values
-        for name in (*upstream.signals.refused_fields, *left_out):
-            values.pop(name, None)
+        if left_out or upstream.signals.refused_fields:
+            for name in (*upstream.signals.refused_fields, *left_out):
+                values.pop(name, None)
         body = order.body.with_values(values) if prepared.body is None else prepared.body
         data = upstream.request(prepared.path, body, order.request.id, order.passed_on)
         connection = upstream.pool.acquire_nowait() or await _connect(upstream, order, relay.exchange)
@@ -225,7 +228,7 @@ def _relay(order: Order, exchange: Exchange, reply: Reply, runtime: Runtime) -> 
         hide_usage=order.hide_usage,
         max_event_bytes=runtime.settings.stream.max_event_bytes,
         max_response_bytes=order.route.pool.settings.max_response_bytes,
-        answered=partial(runtime.witness.answered, pool=order.route.pool.replicas),
+        answered=partial(runtime.witness.answered, pool=order.route.pool.replicas) if exchange.stream else None,
     )
 
 
@@ -274,7 +277,7 @@ def _write_whole(whole: UpstreamReply, upstream: Upstream, reply: Reply, exchang
 def _note_whole(exchange: Exchange, whole: UpstreamReply, upstream: Upstream) -> None:
     exchange.status = whole.status
     exchange.response_bytes = len(whole.body)
-    exchange.usage = usage.from_whole(whole.body, upstream.dialect.read_usage)
+    exchange.usage = usage.from_whole(whole.body, upstream.dialect.read_usage, whole.tree)
 
 
 def _note_departure(exchange: Exchange, relay: Relay | None) -> None:

@@ -52,6 +52,8 @@ class UpstreamReply:
     status: int
     headers: Headers
     body: bytes
+    tree: Any = None
+    """The body parsed, where somebody has done so."""
 
     @property
     def answers(self) -> bool:

@@ -110,27 +110,28 @@ def from_stream_event(error: dict[str, Any]) -> UpstreamSaid:
     return UpstreamSaid(500, error)
 
 
-def error_in_answer(body: bytes) -> UpstreamSaid | None:
+def error_in_answer(tree: Any, body: bytes) -> UpstreamSaid | None:
     """The error in a whole answer with status 200: there is one instead of choices, or the server gave a choice up.
 
-    OpenRouter documents it; DeepSeek sends its status before it knows how the answer ends.
+    OpenRouter documents the first; DeepSeek sends its status before it knows how the answer ends. `tree` is the parsed
+    body, None for one that is too large to be parsed for nothing.
     """
-    if (b'"abort"' in body or b"insufficient_system_resource" in body) and _is_cut_short(body):
-        return from_stream_event(dict(ABORTED))
-    if b'"error"' not in body or b'"choices"' in body:
+    if tree is None:
+        if b'"abort"' not in body and b"insufficient_system_resource" not in body:
+            return None
+        tree = _parsed(body)
+    if not isinstance(tree, dict):
         return None
-    fields = error_of(body)
+    choices = tree.get("choices")
+    if isinstance(choices, list) and choices:
+        for choice in choices:
+            if isinstance(choice, dict) and str(choice.get("finish_reason")) in CUT_SHORT:
+                return from_stream_event(dict(ABORTED))
+        return None
+    if "error" not in tree:
+        return None
+    fields = _error_fields(tree)
     return from_stream_event(fields) if fields.get("message") or fields.get("code") else None
-
-
-def _is_cut_short(body: bytes) -> bool:
-    try:
-        choices = orjson.loads(body).get("choices")
-    except (orjson.JSONDecodeError, AttributeError):
-        return False
-    return isinstance(choices, list) and any(
-        isinstance(choice, dict) and str(choice.get("finish_reason")) in CUT_SHORT for choice in choices
-    )
 
 
 def from_connection(error: UpstreamError) -> GatewayError:
@@ -171,12 +172,18 @@ def parse_retry_after(headers: list[tuple[bytes, bytes]], now_unix_s: float) -> 
 
 def error_of(body: bytes) -> dict[str, Any]:
     """The error object in a reply's body, whichever way it is nested; empty when there is none."""
+    tree = _parsed(body)
+    return _error_fields(tree) if isinstance(tree, dict) else {}
+
+
+def _parsed(body: bytes) -> Any:
     try:
-        tree = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError:
-        return {}
-    if not isinstance(tree, dict):
-        return {}
+        return None
+
+
+def _error_fields(tree: dict[str, Any]) -> dict[str, Any]:
     nested = tree.get("error")
     if isinstance(nested, dict):
         return nested

@@ -24,14 +24,20 @@ def from_stream(exchange: Exchange, reader: StreamReader) -> None:
         exchange.usage = reader.usage
 
 
-def from_whole(body: bytes, read_usage: ReadUsage = openai_usage) -> Usage | None:
+def parsed(body: bytes) -> Any:
+    """The body as a tree, when it is small enough to be parsed for a few numbers; else, or when it is no JSON, None."""
+    return _json(body) if len(body) <= _PARSE_WHOLE_BYTES else None
+
+
+def from_whole(body: bytes, read_usage: ReadUsage = openai_usage, tree: Any = None) -> Usage | None:
     """The usage of a reply that came whole; None when there is none to be found.
 
     Small bodies are parsed. In large ones (embeddings: megabytes of numbers) only the last `usage` object is, which
     stands outside the data.
     """
     if len(body) <= _PARSE_WHOLE_BYTES:
-        tree = _json(body)
+        if tree is None:
+            tree = _json(body)
         return read_usage(tree) if isinstance(tree, dict) else None
     found_at = [match.end() for match in _USAGE.finditer(body)]
     if not found_at:
