@@ -113,10 +113,14 @@ class Upstream:
 
     async def _learn_adapters(self) -> None:
         try:
-            self.adapters = await self.dialect.adapters(self.side)
+            self.holds(await self.dialect.adapters(self.side))
         except NotOffered:
-            self.adapters = ()
-        self.replica.adapters = frozenset(each.name for each in self.adapters if each.resident)
+            self.holds(())
+
+    def holds(self, adapters: tuple[Adapter, ...]) -> None:
+        """Take note of the adapters that the replica says it knows."""
+        self.adapters = adapters
+        self.replica.adapters = frozenset(each.name for each in adapters if each.resident)
 
     async def abort(self, request_id: str) -> None:
         """Tell the engine to stop a request, where it can be told. Best effort: failure is logged, not raised."""

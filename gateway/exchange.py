@@ -97,7 +97,7 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
                     reply.finish()
                 else:
                     runtime.witness.answered(replica, pool.replicas)
-                    _write_whole(whole, upstream, reply, exchange)
+                    _write_whole(whole, relay, reply, exchange)
                 used = exchange.usage if relay.reader is None else relay.reader.usage
                 if used is not None and call.path != EMBEDDINGS:
                     upstream.signals.saw_usage(used.cached_tokens)
@@ -262,22 +262,22 @@ def _headers(exchange: Exchange, content: Headers) -> Headers:
     return headers
 
 
-def _write_whole(whole: UpstreamReply, upstream: Upstream, reply: Reply, exchange: Exchange) -> None:
+def _write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exchange) -> None:
     """Pass on an answer that was collected whole."""
     if reply.started:
         # The hold ran out and the client is reading a stream; a plain body cannot follow.
         raise StreamInterrupted("The model server answered a streaming request without a stream.")
     if exchange.stream and not whole.body:
         raise UpstreamFailed("The model server answered a streaming request with nothing.", code="upstream_truncated")
-    _note_whole(exchange, whole, upstream)
+    _note_whole(exchange, whole, relay)
     content_type = dict(whole.headers).get(b"content-type", b"application/json")
     reply.send(whole.status, _headers(exchange, [(b"content-type", content_type)]), whole.body)
 
 
-def _note_whole(exchange: Exchange, whole: UpstreamReply, upstream: Upstream) -> None:
+def _note_whole(exchange: Exchange, whole: UpstreamReply, relay: Relay) -> None:
     exchange.status = whole.status
     exchange.response_bytes = len(whole.body)
-    exchange.usage = usage.from_whole(whole.body, upstream.dialect.read_usage, whole.tree)
+    exchange.usage = usage.from_whole(whole.body, relay.read_usage, whole.tree)
 
 
 def _note_departure(exchange: Exchange, relay: Relay | None) -> None:
@@ -289,9 +289,7 @@ def _note_departure(exchange: Exchange, relay: Relay | None) -> None:
         exchange.outcome = Outcome.COMPLETED
     elif relay.whole.answers:
         exchange.outcome = Outcome.COMPLETED
-        exchange.status = relay.whole.status
-        exchange.response_bytes = len(relay.whole.body)
-        exchange.usage = usage.from_whole(relay.whole.body, relay.read_usage)
+        _note_whole(exchange, relay.whole, relay)
 
 
 def _refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exchange) -> None:

@@ -74,7 +74,7 @@ class Board:
         elif kind == notes.INFO:
             _info(replica, upstream, _read(value, notes.InfoNote))
         elif kind == notes.ADAPTERS:
-            _adapters(replica, upstream, _read(value, notes.AdaptersNote))
+            _adapters(upstream, _read(value, notes.AdaptersNote))
         elif kind == notes.EJECTED and observer != self._holder:
             note = _read(value, notes.EjectionNote)
             if note is not None:
@@ -156,11 +156,10 @@ def _info(replica: Replica, upstream: Upstream, note: notes.InfoNote | None) -> 
         upstream.signals.lacks(signal, reason)
 
 
-def _adapters(replica: Replica, upstream: Upstream, note: notes.AdaptersNote | None) -> None:
+def _adapters(upstream: Upstream, note: notes.AdaptersNote | None) -> None:
     if note is None:
         return
-    upstream.adapters = note.adapters
-    replica.adapters = frozenset(each.name for each in note.adapters if each.resident)
+    upstream.holds(note.adapters)
     upstream.signals.has(ADAPTERS_SIGNAL)
 
 

@@ -71,9 +71,8 @@ class Patrol:
         self.round_s = self._probe_s if hosted else min(self._probe_s, self._health.load_interval_s)
         """Seconds between rounds."""
 
-    @property
-    def lease(self) -> str:
-        return f"watch/{notes.replica_key(self._upstream.replica)}"
+    def _lease(self, job: str) -> str:
+        return f"{job}/{notes.replica_key(self._upstream.replica)}"
 
     async def run(self, rng: Random) -> None:
         """Make rounds until cancelled. The first begins at once; the others are spread, so that fleets do not beat."""
@@ -87,7 +86,7 @@ class Patrol:
                 task.cancel()
             self._errands.clear()
             with suppress(StoreError):
-                await self._store.release(self.lease, self._holder)
+                await self._store.release(self._lease("watch"), self._holder)
 
     async def _round(self) -> None:
         replica = self._upstream.replica
@@ -141,8 +140,7 @@ class Patrol:
             return True
 
     async def _claim(self, job: str) -> bool:
-        lease = f"{job}/{notes.replica_key(self._upstream.replica)}"
-        return await self._store.claim(lease, self._holder, max(5.0, 5 * self.round_s))
+        return await self._store.claim(self._lease(job), self._holder, max(5.0, 5 * self.round_s))
 
     def _is_due(self, question: str, interval_s: float) -> bool:
         now = time.monotonic()
