@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gateway.keys.options import add_commands
 from gateway.logs import LOG_FORMATS, LOG_LEVELS, configure
 from gateway.version import tidegate_version
 
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from gateway import operate
 
             return operate.run(options, os.environ)
+        case "keys" | "tenants":
+            from gateway.keys import commands
+
+            return commands.run(options, _settings_environ(os.environ))
         case _ if options.worker_fds is not None:
             from gateway.worker_process import serve_supervised
 
@@ -75,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--config", type=Path, metavar="FILE", help="the file it serves, to learn where it is")
     health.add_argument("--timeout", type=_seconds, default=3.0, metavar="S", help="seconds to wait (default 3)")
     _operators_options(commands)
+    add_commands(commands)
     commands.add_parser("schema", help="print the JSON Schema of the configuration file")
     shown = commands.add_parser("version", help="print the version")
     shown.add_argument("--json", action="store_true", help="report as JSON")
@@ -213,7 +219,8 @@ def _health(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gateway import serve
-    from gateway.config import ConfigError, load, require_models
+    from gateway.admission.records import AdmissionError
+    from gateway.config import ConfigError, load, require_models, require_shared_store
     from gateway.listener import BindError
 
     configure(options.log_format, options.log_level)
@@ -227,6 +234,8 @@ def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     def read() -> Settings:
         settings = load(options.config, settings_environ, overrides)
         require_models(settings, str(options.config or "environment"))
+        if options.workers > 1:
+            require_shared_store(settings, str(options.config or "environment"), options.workers)
         return settings
 
     try:
@@ -238,7 +247,7 @@ def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR
-    except BindError as error:
+    except (BindError, AdmissionError) as error:
         print(f"tidegate serve: {error}", file=sys.stderr)
         return USAGE_ERROR
     except OSError as error:

@@ -1,0 +1,1 @@
+"""Who calls: API keys, the tenants they belong to, and the directory that knows them all without asking a database."""
