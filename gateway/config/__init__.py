@@ -4,13 +4,23 @@
 everything that is wrong. Nothing here opens a socket or changes the process.
 """
 
-from gateway.config.load import json_schema, load, require_models, restart_only_changes
+from gateway.config.limit_checks import needs_shared_store
+from gateway.config.limits import DEFAULT_TENANT, LimitBlock, Queue, StaticKey, Tenant
+from gateway.config.load import (
+    json_schema,
+    keep_restart_only,
+    load,
+    require_models,
+    require_shared_store,
+    restart_only_changes,
+)
 from gateway.config.problems import ConfigError, Problem
 from gateway.config.replicas import Health, KvEvents, Replica
 from gateway.config.schema import RESTART_ONLY, Admin, Server, Settings, Shutdown, Stream, UsageLog
 from gateway.config.upstreams import Backend, Connections, Model, ModelTimeouts, Price, Timeouts
 
 __all__ = [
+    "DEFAULT_TENANT",
     "RESTART_ONLY",
     "Admin",
     "Backend",
@@ -18,19 +28,26 @@ __all__ = [
     "Connections",
     "Health",
     "KvEvents",
+    "LimitBlock",
     "Model",
     "ModelTimeouts",
     "Price",
     "Problem",
+    "Queue",
     "Replica",
     "Server",
     "Settings",
     "Shutdown",
+    "StaticKey",
     "Stream",
+    "Tenant",
     "Timeouts",
     "UsageLog",
     "json_schema",
+    "keep_restart_only",
     "load",
+    "needs_shared_store",
     "require_models",
+    "require_shared_store",
     "restart_only_changes",
 ]

@@ -64,7 +64,7 @@ def _listeners(data: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             ("server", "host"),
             f"auth is insecure, and {shown(host)} can be reached from other machines",
-            "listen on 127.0.0.1 or on a Unix socket (server.uds), behind something that authenticates",
+            "write auth: keys, or listen on 127.0.0.1 or on a Unix socket (server.uds)",
         )
     admin_host, admin_port = admin.get("host", Admin().host), admin.get("port", Admin().port)
     if admin.get("enabled") is False or not _is_host(admin_host):

@@ -19,6 +19,7 @@ from gateway.config.problems import Path, Problem, did_you_mean, show_path
 from gateway.config.tree import (
     Kind,
     child,
+    fields_of,
     is_list,
     is_mapping,
     kind_of,
@@ -30,8 +31,13 @@ from gateway.config.tree import (
 ENVIRONMENT = "environment"
 COMMAND_LINE = "command line"
 
-# A Kubernetes Service named "tidegate" puts these into every pod of its namespace; they are not meant for us.
-_SERVICE_LINK = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+# A Kubernetes Service named "tidegate" (or "tidegate-redis") puts these into every pod of its namespace; they are not
+# meant for us.
+_SERVICE_LINK = re.compile(
+    r"([A-Z0-9]+_)*(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)|PORT"
+)
+_LINKED_PORT = re.compile(r"(tcp|udp|sctp)://[0-9a-fA-F.:\[\]]+")
+"""The value of such a Service's `..._PORT`, whose name alone could be a misspelt setting."""
 
 
 @dataclass
@@ -71,7 +77,7 @@ def apply_environment(
     names = [name for name in environ if name.upper().startswith(prefix)]
     for name in sorted(names, key=lambda name: (name.count(delimiter), name)):
         rest = name[len(prefix) :]
-        if _SERVICE_LINK.fullmatch(rest):
+        if _SERVICE_LINK.fullmatch(rest) or (rest.endswith("_PORT") and _LINKED_PORT.fullmatch(environ[name])):
             continue
         try:
             path = _locate(root, data, rest.lower().split(delimiter), prefix, delimiter)
@@ -135,7 +141,7 @@ def _variables(root: Kind, delimiter: str) -> list[str]:
 def _keys(kind: Kind, data: Any) -> list[str]:
     model = model_of(kind)
     if model is not None:
-        return list(model.model_fields)
+        return list(fields_of(model))
     if kind_of(kind) is SecretStr:
         return ["env", "file"]
     return list(data) if is_mapping(kind) and isinstance(data, dict) else []

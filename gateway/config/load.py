@@ -16,6 +16,7 @@ from gateway.config.environment import (
     apply_command_line,
     apply_environment,
 )
+from gateway.config.limit_checks import check_limits, needs_shared_store
 from gateway.config.lines import Document, read_document
 from gateway.config.problems import ConfigError, Finding, Path, Problem, did_you_mean, show_path
 from gateway.config.schema import RESTART_ONLY, Settings
@@ -58,7 +59,7 @@ def load(
     findings += resolve(places, environ, folder, overrides.from_environment)
 
     settings = _validated(data, findings)
-    findings += [*literal_secrets(data), *cross_check(data)]
+    findings += [*literal_secrets(data), *cross_check(data), *check_limits(data)]
     if path is not None and not data.get("models"):
         findings.append(Finding(("models",), *_NO_MODELS))
 
@@ -85,6 +86,24 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def require_shared_store(settings: Settings, file: str, workers: int) -> None:
+    """Raise a `ConfigError` if several workers would each count for themselves."""
+    place = needs_shared_store(settings)
+    if place is not None:
+        raise ConfigError(
+            [
+                Problem(
+                    file,
+                    None,
+                    "store",
+                    f"{workers} workers with store: memory would each keep limits of their own, and {place} asks for "
+                    "exact ones",
+                    "set store: redis://host:port, or serve with one worker",
+                )
+            ]
+        )
+
+
 def restart_only_changes(old: Settings, new: Settings) -> list[str]:
     """The settings that differ but only take effect after a restart, such as `server.port`."""
     changed: list[str] = []
@@ -95,7 +114,16 @@ def restart_only_changes(old: Settings, new: Settings) -> list[str]:
             changed += [f"{root}.{name}" for name in fields if getattr(before, name) != getattr(after, name)]
         elif before != after:
             changed.append(root)
+    if old.keys.pepper != new.keys.pepper:
+        changed.append("keys.pepper")
     return changed
+
+
+def keep_restart_only(old: Settings, new: Settings) -> Settings:
+    """`new`, with everything that needs a restart as `old` has it."""
+    kept: dict[str, Any] = {name: getattr(old, name) for name in RESTART_ONLY}
+    kept["keys"] = new.keys.model_copy(update={"pepper": old.keys.pepper})
+    return new.model_copy(update=kept)
 
 
 def _at(settings: Settings, path: str) -> Any:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gateway.config.limits import DefaultLimits, Keys, Redis, Tenant
 from gateway.config.secrets import Secret
 from gateway.config.upstreams import Backend, Model, Timeouts
 from gateway.config.values import (
     HOUR_S,
     NAME,
-    Auth,
     DatabaseUrl,
     FilePath,
     Host,
@@ -28,8 +28,9 @@ from gateway.config.values import (
     Whole,
 )
 
-RESTART_ONLY = ("server", "admin", "usage_log", "database", "store")
-"""What a running gateway cannot change: its listeners and where its state and records go. The rest is reloaded."""
+RESTART_ONLY = ("server", "admin", "auth", "usage_log", "database", "database_password", "store", "redis")
+"""What a running gateway cannot change: its listeners, whether it asks for keys, and where its state and records go.
+The rest is reloaded. `keys.pepper` is the one part of a section that is not: see `keep_restart_only`."""
 
 
 class Server(Section):
@@ -216,19 +217,32 @@ class Settings(BaseSettings):
     server: Server = Field(default=Server(), description="The listener for clients.")
     shutdown: Shutdown = Field(default=Shutdown(), description="How the gateway stops.")
     admin: Admin = Field(default=Admin(), description="The listener for operators.")
-    auth: Annotated[Literal["insecure"], Auth] = Field(
+    auth: Literal["insecure", "keys"] = Field(
         default="insecure",
         description="Who may send requests. `insecure`: whoever can connect, so it is only allowed on "
-        "loopback "
-        "and Unix sockets. It is the only value of this version.",
+        "loopback and Unix sockets. `keys`: whoever has an API key. Insecure: a first try needs no key.",
     )
-    store: Annotated[Literal["memory"], Store] = Field(
+    store: Store = Field(
         default="memory",
-        description="Where shared state lives. `memory`, in the process, is the only value so far.",
+        description="Where limits and queues are kept. `memory`: in the process, for one worker. Or a Redis, without "
+        "user and password: redis://host:port/db, rediss://..., redis+sentinel://host:port,host:port/service, "
+        "rediss+sentinel://..., unix:///path. Memory: one gateway needs no Redis.",
+        examples=["redis://127.0.0.1:6379"],
     )
+    redis: Redis = Field(default=Redis(), description="How to speak to the Redis that `store` names.")
     database: DatabaseUrl = Field(
         default="sqlite:///tidegate.db",
-        description="Database for what must survive a restart, sqlite or postgresql. Accepted but not used yet.",
+        description="Database of keys, tenants, spend and audit: sqlite:///file, or postgresql://user@host/name for "
+        "several nodes. A file: one node needs no server.",
+    )
+    database_password: Secret | None = Field(
+        default=None,
+        description="Password for the database, as a reference {env: NAME} or {file: PATH}. Null: none is sent.",
+    )
+    keys: Keys = Field(default=Keys(), description="API keys, where `auth` is `keys`.")
+    tenants: Mapping[Name, Tenant] = Field(default={}, description="Whose keys they are, by name.")
+    limits: DefaultLimits = Field(
+        default=DefaultLimits(), description="Limits of every key, tenant and user that has none of its own."
     )
     usage_log: UsageLog = Field(default=UsageLog(), description="The record of exchanges.")
     stream: Stream = Field(default=Stream(), description="How streams are relayed.")

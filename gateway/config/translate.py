@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from gateway.config.problems import Finding, Path, did_you_mean, shown
 from gateway.config.schema import Settings
-from gateway.config.tree import field_at, is_mapping, kind_at, model_of
+from gateway.config.tree import field_at, fields_of, is_mapping, kind_at, model_of
 from gateway.config.values import PATTERN_HINTS
 
 _NOT_A = {
@@ -74,7 +74,7 @@ def _finding(detail: ErrorDetails) -> Finding:
 
 def _unknown(path: Path) -> Finding:
     model = model_of(kind_at(Settings, path[:-1]))
-    known = model.model_fields if model is not None else ()
+    known = fields_of(model) if model is not None else ()
     return Finding(path, "is not a known setting", did_you_mean(str(path[-1]), known))
 
 
@@ -92,7 +92,7 @@ def _type_hint(kind: str, path: Path, given: Any) -> str:
         return "write names with their settings below them"
     if kind in {"model_type", "model_attributes_type"}:
         model = model_of(kind_at(Settings, path))
-        return f"it can have: {', '.join(model.model_fields)}" if model else ""
+        return f"it can have: {', '.join(fields_of(model))}" if model else ""
     hint = _example(path)
     unit = _unit(path).rstrip(", ")
     return f"{hint} ({unit})" if hint and unit else hint

@@ -52,11 +52,16 @@ def is_list(kind: Kind) -> bool:
     return _origin(kind_of(kind)) is tuple
 
 
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A model's settings by the name that the file has for them, which for a word of Python's is an alias."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 def child(kind: Kind, key: str | int) -> Kind | None:
     """What stands below a key or a position, or None when nothing can."""
     model = model_of(kind)
     if model is not None:
-        field = model.model_fields.get(str(key))
+        field = fields_of(model).get(str(key))
         return None if field is None else field.annotation
     if is_mapping(kind) and isinstance(key, str):
         return get_args(kind_of(kind))[1]
@@ -77,7 +82,7 @@ def kind_at(root: Kind, path: Path) -> Kind | None:
 def field_at(root: Kind, path: Path) -> FieldInfo | None:
     """The definition of the setting at a path, when it is a field of a model."""
     model = model_of(kind_at(root, path[:-1])) if path else None
-    return model.model_fields.get(str(path[-1])) if model is not None else None
+    return fields_of(model).get(str(path[-1])) if model is not None else None
 
 
 def setting_paths(kind: Kind, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -85,7 +90,7 @@ def setting_paths(kind: Kind, prefix: str = "") -> Iterator[tuple[str, FieldInfo
     model = model_of(kind)
     if model is None:
         return
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         path = f"{prefix}.{name}" if prefix else name
         below: Kind = field.annotation
         if is_mapping(below) and model_of(get_args(kind_of(below))[1]) is not None:

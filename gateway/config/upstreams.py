@@ -7,12 +7,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from gateway.config.limits import LimitBlock, Queue
 from gateway.config.replicas import AdapterFile, Engine, HeaderName, HeaderValue, Health, KeyHeader, Replica
 from gateway.config.secrets import Secret
 from gateway.config.values import (
     DAY_S,
     HOUR_S,
     AdapterName,
+    FilePath,
     ModelName,
     Number,
     Section,
@@ -103,6 +105,14 @@ class Model(Section):
     price: Price | None = Field(
         default=None, description="Price of the model's tokens. Null: unknown, so that no cost is recorded."
     )
+    limits: LimitBlock = Field(default=LimitBlock(), description="The model as a whole, all tenants together.")
+    tenant_limits: LimitBlock = Field(default=LimitBlock(), description="Each tenant's use of this model.")
+    tokenizer: FilePath | None = Field(
+        default=None,
+        description="Path of the model's tokenizer.json, to count prompts exactly; needs the extra `tokenizer`. Null: "
+        "prompts are estimated from their length by what the model's own counts have shown, which costs far less.",
+        examples=["/models/chat/tokenizer.json"],
+    )
 
 
 class Connections(Section):
@@ -168,6 +178,7 @@ class Backend(Section):
     )
     timeouts: Timeouts = Field(default=Timeouts(), description="How long each phase of an exchange may take.")
     connections: Connections = Field(default=Connections(), description="The connections kept to each replica.")
+    queue: Queue = Field(default=Queue(), description="Who waits for a full pool, and for how long.")
     max_response_bytes: Whole = Field(
         default=67_108_864,
         ge=1024,

@@ -17,6 +17,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 REPLICA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 MODEL_NAME = r"^[!-~]{1,200}$"
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
+PREFIX = r"^[A-Za-z0-9._:-]{1,64}$"
 REGION = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"
 
 PATTERN_HINTS = {
@@ -24,6 +25,7 @@ PATTERN_HINTS = {
     REPLICA_NAME: "use at most 80 letters, digits, dots, dashes and underscores, the first a letter or digit",
     MODEL_NAME: "use 1 to 200 printable ASCII characters and no spaces",
     ADAPTER_NAME: "use at most 200 letters, digits, dots, dashes, slashes and underscores, the first a letter or digit",
+    PREFIX: "use at most 64 letters, digits, dots, colons, dashes and underscores",
     REGION: "use at most 32 lower-case letters, digits and dashes, e.g. eu-west",
 }
 """What to write where a pattern was not met."""
@@ -73,17 +75,22 @@ def _socket_path(value: Path) -> Path:
     return value
 
 
-def _auth(value: Any) -> Any:
-    if value == "keys":
-        raise wrong('"keys" is not available in this version: API keys come with a later one', "write auth: insecure")
-    return value
+def _store(text: str) -> str:
+    if text == "memory":
+        return text
+    # Only needed where there is a Redis, and nothing of the value is repeated: it may hold a password.
+    from gateway.store.redis.address import parse_address
 
-
-def _store(value: Any) -> Any:
-    if isinstance(value, str) and value.partition(":")[0] in {"redis", "rediss", "redis+sentinel", "unix"}:
-        # The URL is not repeated: it may hold a password.
-        raise wrong("a Redis store is not available in this version: it comes with a later one", "write store: memory")
-    return value
+    if "@" in text:
+        raise wrong(
+            "the address of the store has credentials in it: a secret in the wrong place",
+            "take them out; give redis.username and redis.password",
+        )
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise wrong(str(error), "write memory, or e.g. redis://127.0.0.1:6379") from None
+    return text
 
 
 def _database(text: str) -> str:
@@ -95,12 +102,21 @@ def _database(text: str) -> str:
     if password is not None:
         raise wrong(
             "the database URL has a password in it: a secret in the wrong place",
-            "leave it out; set PGPASSWORD or a password file for the process",
+            "leave it out, and give it as database_password: {env: NAME} or {file: PATH}",
+        )
+    if "password" in parts.query.lower():
+        raise wrong(
+            "the database URL has a password in its query: a secret in the wrong place",
+            "leave it out, and give it as database_password: {env: NAME} or {file: PATH}",
         )
     if parts.scheme not in {"sqlite", "postgresql"}:
         raise wrong(f"{shown(text)} is not a database this gateway knows", "write e.g. sqlite:///tidegate.db")
     if parts.scheme == "sqlite" and not re.fullmatch(r"sqlite:///.+", text):
         raise wrong(f"{shown(text)} names no database file", "write e.g. sqlite:///tidegate.db")
+    if parts.scheme == "postgresql" and (not parts.hostname or len(parts.path) < 2):
+        raise wrong(
+            "the database URL names no host or no database", "write e.g. postgresql://tidegate@db.internal/tidegate"
+        )
     return text
 
 
@@ -121,8 +137,7 @@ FilePath = Annotated[Path, BeforeValidator(_path)]
 SocketPath = Annotated[Path, AfterValidator(_socket_path), BeforeValidator(_path)]
 ReplicaUrl = Annotated[str, AfterValidator(normal_url)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
-Auth = BeforeValidator(_auth)
-Store = BeforeValidator(_store)
+Store = Annotated[str, AfterValidator(_store)]
 
 # Strict: `port: true` is not 1, and "10" is text. Environment variables are turned into numbers before.
 Whole = Annotated[int, Field(strict=True)]

@@ -122,6 +122,9 @@ def test_the_variables_of_a_kubernetes_service_are_passed_over() -> None:
             "TIDEGATE_SERVICE_HOST": "10.0.0.1",
             "TIDEGATE_SERVICE_PORT_HTTP": "7400",
             "TIDEGATE_PORT_7400_TCP_ADDR": "10.0.0.1",
+            "TIDEGATE_REDIS_PORT": "tcp://10.0.0.2:6379",
+            "TIDEGATE_REDIS_SERVICE_HOST": "10.0.0.2",
+            "TIDEGATE_REDIS_PORT_6379_TCP_PROTO": "tcp",
         },
     )
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from gateway.config import ConfigError, Settings, json_schema, load, require_models, restart_only_changes
+from gateway.config import (
+    ConfigError,
+    LimitBlock,
+    Settings,
+    json_schema,
+    keep_restart_only,
+    load,
+    needs_shared_store,
+    require_models,
+    restart_only_changes,
+)
 from gateway.config.replicas import KeyHeader
 from gateway.config.schema import Server
-from gateway.config.tree import setting_paths
+from gateway.config.tree import fields_of, kind_at, model_of, setting_paths
+from gateway.limits.sets import LimitSet
 
 ROOT = Path(__file__).parents[3]
 TOKEN = "0123456789abcdef"
@@ -21,6 +34,16 @@ HOSTED_KEYS = {
     for api in ("OPENAI", "AZURE_OPENAI", "DEEPSEEK", "OPENROUTER", "TOGETHER", "HOLYSHEEP", "BASETEN")
 }
 """What configs/hosted.yaml wants in its environment."""
+OTHER_SECRETS = {
+    "SPILL_API_KEY": "b",
+    "GATEWAY_ADMIN_TOKEN": TOKEN,
+    "CHAT_APP_KEY": "chat-app-0123456789",
+    "NIGHTLY_KEY": "nightly-0123456789",
+    "REDIS_PASSWORD": "r",
+    "DATABASE_PASSWORD": "d",
+    "KEY_PEPPER": "pepper-0123456789",
+}
+"""What the other examples want."""
 
 MINIMAL = """\
 models:
@@ -156,8 +179,7 @@ def test_serving_nothing_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_example_loads(path: Path) -> None:
-    secrets = {"SPILL_API_KEY": "b", "GATEWAY_ADMIN_TOKEN": TOKEN, **HOSTED_KEYS}
-    assert load(path, secrets).models
+    assert load(path, {**OTHER_SECRETS, **HOSTED_KEYS}).models
 
 
 def test_the_hosted_example_has_each_api_with_a_key_of_its_own() -> None:
@@ -184,9 +206,21 @@ def test_the_complete_example_has_every_setting() -> None:
     assert not missing
 
 
+def documented_settings() -> list[tuple[str, FieldInfo]]:
+    """Every setting as the document names it: blocks of limits, which stand in many places, are explained once."""
+    found = dict(setting_paths(Settings))
+    for path in list(found):
+        holder = path.rpartition(".")[0]
+        kind = kind_at(Settings, tuple(0 if part == "[]" else part for part in re.findall(r"\w+|\[\]", holder)))
+        if model_of(kind) is LimitBlock:
+            del found[path]
+            found[holder] = FieldInfo(default="", description="A block of limits.")
+    return [*found.items(), *((f"<limits>.{name}", field) for name, field in fields_of(LimitBlock).items())]
+
+
 def test_every_setting_and_its_default_is_documented() -> None:
     rows = (ROOT / "docs" / "configuration.md").read_text().splitlines()
-    for path, definition in setting_paths(Settings):
+    for path, definition in documented_settings():
         row = next((row for row in rows if row.startswith(f"| `{path}` |")), None)
         assert row is not None, f"docs/configuration.md does not explain {path}"
         default = definition.default
@@ -207,6 +241,7 @@ def test_the_json_schema_describes_every_field_and_shows_secrets_as_references()
     assert all("description" in field or "$ref" in field for field in fields)
     references = schema["$defs"]["Backend"]["properties"]["api_key"]["anyOf"][0]["oneOf"]
     assert [list(one["properties"]) for one in references] == [["env"], ["file"]]
+    assert "class" in schema["$defs"]["StaticKey"]["properties"]
     assert schema["additionalProperties"] is False
 
 
@@ -228,3 +263,73 @@ def test_a_key_does_not_travel_in_a_header_of_the_gateways_own(name: str) -> Non
     with pytest.raises(ValidationError, match="set by the gateway itself"):
         KeyHeader(name=name)
     assert KeyHeader(name="Authorization", scheme="Token").name == "Authorization"
+
+
+def test_a_new_pepper_needs_a_restart_and_new_static_keys_do_not(tmp_path: Path) -> None:
+    keys = "auth: keys\nkeys:\n  pepper: {env: PEPPER}\n  static:\n    - {name: a, key: {env: A}, class: batch}\n"
+    old = load(write(tmp_path, MINIMAL + keys), {"PEPPER": "p" * 16, "A": "a" * 16})
+    text = MINIMAL + keys + "    - {name: b, key: {env: B}}\nstore: redis://r\nredis: {prefix: other}\n"
+    new = load(write(tmp_path, text), {"PEPPER": "q" * 16, "A": "a" * 16, "B": "b" * 16})
+    assert restart_only_changes(old, new) == ["store", "redis.prefix", "keys.pepper"]
+    kept = keep_restart_only(old, new)
+    assert (kept.store, kept.redis.prefix, kept.keys.pepper) == ("memory", "tidegate", old.keys.pepper)
+    assert [each.name for each in kept.keys.static] == ["a", "b"]
+    assert restart_only_changes(old, kept) == []
+
+
+def test_a_block_of_limits_becomes_a_set_with_the_same_fields(tmp_path: Path) -> None:
+    assert tuple(LimitBlock.model_fields) == LimitSet.__struct_fields__
+    text = MINIMAL + "limits: {key: {requests_per_minute: 5, usd_per_day: 1, shadow: true}}\n"
+    text = text.replace("{backend: pool}", "{backend: pool, price: {}}")
+    limits = load(write(tmp_path, text), {}).limits
+    assert limits.key.limit_set() == LimitSet(requests_per_minute=5, usd_per_day=1.0, shadow=True)
+    assert limits.user.limit_set() == LimitSet()
+
+
+def test_a_static_key_has_its_class_and_tenant(tmp_path: Path) -> None:
+    text = MINIMAL + "auth: keys\nkeys:\n  static:\n    - {name: a, key: {env: A}, class: batch, metadata: {team: x}}\n"
+    (key,) = load(write(tmp_path, text), {"A": "a" * 16}).keys.static
+    assert (key.priority_class, key.tenant, key.models, dict(key.metadata)) == ("batch", "default", None, {"team": "x"})
+    other = load(write(tmp_path, text), {"A": "a" * 16, "TIDEGATE_KEYS__STATIC__0__CLASS": "critical"})
+    assert other.keys.static[0].priority_class == "critical"
+
+
+@pytest.mark.parametrize(
+    ("addition", "setting"),
+    [
+        ("", None),
+        ("limits: {key: {burst_s: null}}", None),
+        ("tenants: {acme: {weight: 2}}", None),
+        ("auth: keys", "auth: keys"),
+        ("limits: {user: {concurrent_requests: 5}}", "limits.user"),
+        ("tenants: {acme: {limits: {requests_per_minute: 5}}}", "tenants.acme.limits"),
+        ("tenants: {acme: {user_limits: {requests_per_minute: 5}}}", "tenants.acme.user_limits"),
+        ("tenants: {acme: {model_limits: {chat: {requests_per_minute: 5}}}}", "tenants.acme.model_limits.chat"),
+        ("    queue: {enabled: true}", "backends.pool.queue.enabled: true"),
+        ("    queue: {enabled: false}", None),
+        ("auth: keys\nstore: redis://127.0.0.1", None),
+    ],
+)
+def test_what_needs_a_shared_store_is_named(tmp_path: Path, addition: str, setting: str | None) -> None:
+    assert needs_shared_store(load(write(tmp_path, f"{MINIMAL}{addition}\n"), {})) == setting
+
+
+@pytest.mark.parametrize("block", ["limits", "tenant_limits"])
+def test_a_models_limits_need_a_shared_store(tmp_path: Path, block: str) -> None:
+    text = MINIMAL.replace("{backend: pool}", f"{{backend: pool, {block}: {{tokens_per_minute: 5}}}}")
+    assert needs_shared_store(load(write(tmp_path, text), {})) == f"models.chat.{block}"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "redis://h",
+        "redis://h:1/2",
+        "rediss://h",
+        "redis+sentinel://a:1,b:2/s",
+        "rediss+sentinel://a:1,b:2/s/3",
+        "unix:///run/r.sock",
+    ],
+)
+def test_every_form_of_a_redis_address_is_taken(tmp_path: Path, address: str) -> None:
+    assert load(write(tmp_path, f"{MINIMAL}store: {address}\n"), {}).store == address

@@ -21,6 +21,7 @@ GOOD = MODELS + POOL
 """Six lines; what a test adds begins on line 7."""
 
 CANARY = "canary0123456789abcdef"
+NO_TOKENIZER = Path(__file__)
 
 
 def problems_of(folder: Path, text: str | bytes, **environ: str) -> list[Problem]:
@@ -118,12 +119,17 @@ BAD = [
         "server.max_in_flight_bytes",
         "5000 is less than server.max_body_bytes",
     ),
-    # values that come with later versions
-    ("auth: keys", 7, "auth", '"keys" is not available in this version'),
-    ("auth: none", 7, "auth", "\"none\" is not one of 'insecure'; write e.g. auth: insecure"),
-    ("store: redis://h", 7, "store", "a Redis store is not available in this version"),
-    ("database: mysql://h/d", 7, "database", '"mysql://h/d" is not a database this gateway knows'),
-    ("database: 'sqlite:'", 7, "database", "names no database file"),
+    # where state is kept
+    ("auth: none", 7, "auth", "\"none\" is not one of 'insecure' or 'keys'; write e.g. auth: insecure"),
+    ("store: memcached://h", 7, "store", "not the address of a Redis"),
+    ("store: redis://u@h", 7, "store", "has credentials in it: a secret in the wrong place"),
+    ("store: redis+sentinel://a:1", 7, "store", "write memory, or e.g. redis://127.0.0.1:6379"),
+    ("redis: {prefix: '{x}'}", 7, "redis.prefix", "is not a valid name; use at most 64"),
+    ("redis: {timeout_ms: 0}", 7, "redis.timeout_ms", "0 is too small; write at least 1"),
+    ("database: postgresql://u:p@h/d", 7, "database", "has a password in it: a secret in the wrong place"),
+    ("database: 'postgresql://h/d?password=p'", 7, "database", "has a password in its query"),
+    ("database: postgresql:///d", 7, "database", "names no host or no database"),
+    ("database: postgresql://h", 7, "database", "names no host or no database"),
     # names
     (
         "  po ol: {engine: vllm, replicas: [{url: http://b}]}",
@@ -221,6 +227,24 @@ def test_a_bad_setting_is_reported(tmp_path: Path, addition: str, line: int, pat
             "already an alias, at models.a.aliases[0]",
         ),
         (
+            "models: {a: {backend: pool, tokenizer: /no/such}}",
+            1,
+            "models.a.tokenizer",
+            '"/no/such" cannot be read: No such file or directory',
+        ),
+        (
+            f"models: {{a: {{backend: pool, tokenizer: {json.dumps(str(NO_TOKENIZER))}}}}}",
+            1,
+            "models.a.tokenizer",
+            "is not JSON; name the model's tokenizer.json",
+        ),
+        (
+            "models: {a: {backend: pool, limits: {usd_per_day: 1}}}",
+            1,
+            "models.a.limits.usd_per_day",
+            'nothing is known of the price of "a"',
+        ),
+        (
             "models: {a: {backend: pool, price: {input: -1}}}",
             1,
             "models.a.price.input",
@@ -315,7 +339,7 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    text = "server: {host: 0.0.0.0, port: x}\nauth: keys\nmodels:\n  a: {backend: no, aliases: [b]}\n  b: {}\n"
+    text = "server: {host: 0.0.0.0, port: x}\nauth: no-keys\nmodels:\n  a: {backend: no, aliases: [b]}\n  b: {}\n"
     text += POOL.replace("sglang", "sglag") + "    api_key: {env: NO}\nsever: 1\nadmin: {port: 1, port: 2}\n"
     problems = problems_of(tmp_path, text, TIDEGATE_SERVR__PORT="1", TIDEGATE_SHUTDOWN__GRACE_S="x")
     assert [(problem.line, problem.path) for problem in problems] == [
@@ -353,10 +377,13 @@ def test_an_unknown_key_is_reported_at_any_level(
     tmp_path_factory: pytest.TempPathFactory, section: str, key: str
 ) -> None:
     path = section.replace("backends.<name>", "backends.pool").replace("models.<name>", "models.chat")
+    path = path.replace("model_limits.<name>", "model_limits.chat").replace("tenants.<name>", "tenants.acme")
     prefix = f"{path}." if path else ""
     kind = kind_at(Settings, tuple(0 if part == "[]" else part for part in re.findall(r"\w+|\[\]", path)))
     assume(child(kind, key) is None)
     data: dict[str, Any] = {
+        "auth": "keys",
+        "keys": {"static": [{"name": "a", "key": {"env": "LONG"}}]},
         "models": {"chat": {"backend": "pool"}},
         "backends": {
             "pool": {
@@ -370,7 +397,7 @@ def test_an_unknown_key_is_reported_at_any_level(
     for part in re.findall(r"\w+|\[\]", path):
         here = here[0] if part == "[]" else here.setdefault(part, {})
     here[key] = CANARY
-    problems = problems_of(tmp_path_factory.getbasetemp(), json.dumps(data))
+    problems = problems_of(tmp_path_factory.getbasetemp(), json.dumps(data), LONG="0123456789abcdef")
     assert [problem.path for problem in problems] == [f"{prefix}{key}".replace("[]", "[0]")]
     assert problems[0].message == "is not a known setting"
     assert CANARY not in str(problems[0])
