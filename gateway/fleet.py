@@ -62,6 +62,9 @@ class ModelRoute:
     timing: Timing
     connect_s: float
     price: Price | None
+    model: str
+    """The configuration's name for it, which permissions and limits go by; with an adapter asked for by the client
+    that of the base model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ def build_fleet(settings: Settings, ticker: Ticker, now_unix_s: float, previous:
             ),
             connect_s=timeouts.connect_s,
             price=model.price,
+            model=name,
         )
         for key in (name, *model.aliases):
             models[key] = route
@@ -157,6 +161,7 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
         replica.region = entry.region
         replica.weight = entry.weight
         replica.max_in_flight = entry.max_in_flight
+        replica.meter.configure(entry.max_in_flight, backend.queue.max_tokens)
         replica.dp_rank = entry.dp_rank
         replica.credential = credential if backend.api_key is not None else None
         replica.health.rules = rules

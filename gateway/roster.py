@@ -94,6 +94,7 @@ class Roster:
             "health": states[0]["health"],
             "workers": [_of_worker(index, state) for index, state in seen] if differ else [],
             "silent_workers": self.silent,
+            "capacity": states[0]["capacity"],
             "epoch": _first(states, "epoch"),
             "load": _newest_load(states),
             "info": _first(states, "info"),

@@ -59,6 +59,8 @@ def fleet_state(runtime: Runtime, index: int, now: float) -> dict[str, Any]:
         "started_unix_s": round(runtime.metrics.started_unix_s, 3),
         "draining": runtime.draining,
         "in_flight": runtime.in_flight,
+        "store_mode": runtime.gate.home.mode,
+        "waiting": runtime.gate.waiting,
         "request_bytes_held": runtime.body_budget.used_bytes,
         "config": config_summary(runtime.settings),
         "models": _models(runtime.settings, runtime.fleet),
@@ -104,6 +106,8 @@ def _replica_state(pool: Pool, replica: Replica, kv_source: KvSource | None, now
         "region": replica.region,
         "weight": replica.weight,
         "max_in_flight": replica.max_in_flight,
+        "ceiling": replica.ceiling,
+        "capacity": msgspec.to_builtins(replica.meter.capacity),
         "in_flight": replica.in_flight,
         "in_flight_bytes": replica.in_flight_bytes,
         "engine": replica.engine,
@@ -142,6 +146,7 @@ def _families(runtime: Runtime) -> Iterator[Metric]:
     replicas = [replica for pool in runtime.fleet.pools.values() for replica in pool.replicas]
     yield from replica_families(replicas, time.monotonic())
     yield from health_families(runtime.witness)
+    yield from runtime.gate.metrics.families(runtime.admission)
     yield from process_families(
         runtime.in_flight, runtime.body_budget.used_bytes, runtime.ledger.lost, runtime.metrics.started_unix_s
     )

@@ -16,6 +16,8 @@ class Load:
     """When it was read, in the seconds of the caller's monotonic clock."""
     running: int | None = None
     """Requests in the running batch, those of other clients included."""
+    max_running: int | None = None
+    """Requests that the engine runs at once at most, where a report says so."""
     waiting: int | None = None
     """Requests that the engine has accepted and not begun."""
     waiting_uncached_tokens: int | None = None

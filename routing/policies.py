@@ -10,6 +10,8 @@ from routing.types import Decision, Exclusion, InferenceRequest, Replica
 
 ALL_COOLING_DOWN = "all_cooling_down"
 ALL_UNHEALTHY = "all_unhealthy"
+OVER_CAPACITY = "over_capacity"
+"""Reason of decisions for a replica that has as much as it runs at once; its limit is not reached."""
 PANIC = frozenset({ALL_COOLING_DOWN, ALL_UNHEALTHY})
 """Reasons of decisions for want of any replica that looks well."""
 
@@ -26,6 +28,8 @@ class LeastOutstanding:
     with a share of 0.1, such a replica gets nothing until the others are ten deep.) Like this it gets 0.8 to 1.8 of
     its due at 0.1 to 200 requests at once; `tests/routing/test_simulation.py` has the simulation.
 
+    When all that look well have as much as they run at once, the one with the least is given more all the same: its
+    own queue is a better place than none, and than a replica under suspicion.
     When nothing but suspicion (`routing.filters.SOFT`) speaks against the untried candidates, it is ignored.
     """
 
@@ -51,6 +55,10 @@ class LeastOutstanding:
                 excluded.append(Exclusion(replica, reason))
         if candidates:
             return Decision(self._least(candidates, now), self.name, excluded)
+        busy = [each.replica for each in excluded if each.reason == "full" and not each.replica.at_limit]
+        if busy:
+            least = self._least(busy, now)
+            return Decision(least, OVER_CAPACITY, [each for each in excluded if each.replica is not least])
         suspects = [each for each in excluded if each.reason in SOFT]
         if not suspects:
             return Decision(None, "none_available", excluded)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Protocol
 
+from routing.capacity import Meter
 from routing.credential import Credential
 from routing.health import Cooldown, Health
 from routing.load import Load
@@ -45,6 +46,8 @@ class Replica:
     weight: float = 1.0
     """Share of work relative to the other replicas of its pool, above 0."""
     max_in_flight: int | None = None
+    ceiling: int | None = None
+    """Requests of this worker beyond which others are preferred; None where no queue keeps the engine's own short."""
     in_flight: int = 0
     in_flight_bytes: int = 0
     streams: int = 0
@@ -54,6 +57,8 @@ class Replica:
     """The key it is called with, shared with the other replicas that are called with the same one."""
     load: Load | None = None
     """The engine's last report about itself; None before the first, or where it makes none."""
+    meter: Meter = field(default_factory=Meter)
+    """What is known of how much it takes at once."""
     draining: bool = False
     """An operator has asked for no new work to be sent here."""
     adapters: frozenset[str] | None = None
@@ -82,7 +87,15 @@ class Replica:
             return "full"
         if self.credential is not None and now < self.credential.until:
             return "credential_refused"
-        return self.health.unavailable_reason(now)
+        reason = self.health.unavailable_reason(now)
+        if reason is None and self.ceiling is not None and self.in_flight >= self.ceiling:
+            return "full"
+        return reason
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether it may have no more requests at all, rather than should have none."""
+        return self.max_in_flight is not None and self.in_flight >= self.max_in_flight
 
     def available(self, now: float) -> bool:
         return self.unavailable_reason(now) is None
@@ -140,8 +153,9 @@ class Decision:
 class Policy(Protocol):
     """Chooses a replica. Synchronous, without I/O, and free of clocks: `now` is an argument.
 
-    `tried` holds replicas that already failed this request; a policy never returns one of them, nor one that is
-    full, draining or without a valid key. One that seems unwell is returned only when nothing else is left.
+    `tried` holds replicas that already failed this request; a policy never returns one of them, nor one that is at its
+    limit, draining or without a valid key. One that is at its ceiling only, or seems unwell, is returned when nothing
+    else is left, in this order.
     """
 
     def decide(

@@ -177,6 +177,7 @@ def info_from(props: Mapping[str, Any], models: tuple[str, ...]) -> EngineInfo:
         epoch=_text(props.get("media_marker")),
         context_tokens=context,
         kv_capacity_tokens=context * slots if context is not None and slots is not None else None,
+        max_running=slots or None,
         lacks=(("load", "start llama-server with --metrics, and without --no-slots"),) if silent else (),
     )
 
@@ -192,6 +193,7 @@ def load_from_slots(answer: Answer) -> EngineLoad:
     used = _sum(working, "n_prompt_tokens")
     return EngineLoad(
         running=len(working),
+        max_running=len(slots) or None,
         kv_use=min(1.0, used / capacity) if used is not None and capacity else None,
         kv_used_tokens=used,
         kv_capacity_tokens=capacity or None,
@@ -205,6 +207,7 @@ def with_metrics(load: EngineLoad, page: bytes) -> EngineLoad:
     seconds = found.get("prompt_seconds_total")
     return EngineLoad(
         running=processing if load.running is None else load.running,
+        max_running=load.max_running,
         waiting=_whole(found.get("requests_deferred")),
         kv_use=load.kv_use,
         kv_used_tokens=load.kv_used_tokens,

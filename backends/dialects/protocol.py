@@ -79,7 +79,12 @@ class Wish(msgspec.Struct, frozen=True):
     adapters: Sequence[Adapter] = ()
     """What the replica said it holds, for engines that address adapters by number."""
     urgency: int | None = None
-    """Higher is more urgent, whatever the engine's own direction is; None sets nothing."""
+    """0: like any other request. Higher is more urgent, whatever the engine's own direction is.
+
+    It takes the place of a `priority` that the caller sent. None leaves the caller's.
+    """
+    priority: Priority | None = None
+    """Which way this server reads priorities, as it says itself; None: the dialect's."""
     dp_rank: int | None = None
     """Data-parallel rank to run on; None lets the engine choose."""
 
@@ -165,6 +170,10 @@ class EngineInfo:
     """Changes whenever the engine has restarted or changed its weights, so that its cache is empty."""
     context_tokens: int | None = None
     kv_capacity_tokens: int | None = None
+    max_running: int | None = None
+    """Requests that it runs at once at most, all ranks together; its memory may hold fewer."""
+    priority: Priority | None = None
+    """Which way it reads the `priority` of requests; None where it does not say whether it does."""
     block_size: int | None = None
     """Tokens in a page of the KV cache."""
     dp_size: int = 1
@@ -180,6 +189,8 @@ class EngineLoad:
     """One report of an engine about itself. Totals are cumulative since it started; None: it does not say."""
 
     running: int | None = None
+    max_running: int | None = None
+    """Requests that it runs at once at most."""
     waiting: int | None = None
     waiting_uncached_tokens: int | None = None
     kv_use: float | None = None

@@ -44,8 +44,12 @@ ADAPTER_TIMEOUT_S = 120.0
 """Loading reads files, perhaps over a network, and waits for requests that use the adapter's slot."""
 
 _REDIRECTS = (307, 308)
-_OVERLOAD_WORDS = ("higher priority request", "waiting timeout", "memory pressure")
-"""Of 503 answers besides "The request queue is full." (0.5.23, managers/scheduler.py and schedule_batch.py)."""
+_OVERLOAD_WORDS = ("higher priority request", "waiting timeout", "memory pressure", "priority is disabled")
+"""Of 503 answers besides "The request queue is full." (0.5.23, managers/scheduler.py and schedule_batch.py).
+
+The last, of a server with --abort-on-priority-when-disabled, is no overload; but it is no failure of the server either,
+and another replica may take the request.
+"""
 
 
 class SGLang(OpenAI):
@@ -74,7 +78,7 @@ class SGLang(OpenAI):
         values = prepared.values
         values["rid"] = msgspec.json.encode(wish.request_id)
         if wish.urgency is not None:
-            values["priority"] = b"%d" % wish.urgency
+            _set_priority(values, wish)
         # Embeddings have no such field.
         if wish.dp_rank is not None and wish.path in (CHAT, COMPLETIONS):
             values["routed_dp_rank"] = b"%d" % wish.dp_rank
@@ -146,6 +150,21 @@ class SGLang(OpenAI):
 
     async def unload_adapter(self, side: SideChannel, name: str) -> None:
         await _change_adapters(side, "/unload_lora_adapter", {"lora_name": name})
+
+
+def _set_priority(values: dict[str, bytes], wish: Wish) -> None:
+    """Said of every request, the ordinary ones (0) too, since one without a priority goes behind all that have one.
+
+    0.5.23 gives it the lowest there is (`_set_or_validate_priority` in managers/scheduler.py), and a difference above
+    the preemption threshold, 10, has running requests thrown out for others. Without --enable-priority-scheduling it
+    is not said: the server ignores it, or answers 503 (`--abort-on-priority-when-disabled`). Null is no priority.
+    """
+    assert wish.urgency is not None
+    if wish.priority is Priority.NONE:
+        if "priority" in wish.fields:
+            values["priority"] = b"null"
+    else:
+        values["priority"] = b"%d" % (-wish.urgency if wish.priority is Priority.LOWER_FIRST else wish.urgency)
 
 
 async def _object(side: SideChannel, *paths: str) -> dict[str, Any]:

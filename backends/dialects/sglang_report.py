@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad, KvEventsEndpoint, NotOffered
+from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad, KvEventsEndpoint, NotOffered, Priority
 from backends.prometheus import Sample, read_page, total
 from backends.side import SideChannelError, Trouble
 from backends.usage import count_or_none
@@ -52,6 +52,7 @@ def load(loads: Sequence[Any], dp_rank: int | None) -> EngineLoad:
     busy_us = _sum(each.get("total_prefill_busy_us") for each in ranks)
     return EngineLoad(
         running=_sum(each.get("num_running_reqs") for each in ranks),
+        max_running=_sum(each.get("max_running_requests") for each in ranks) or None,
         waiting=_sum(each.get("num_waiting_reqs") for each in ranks),
         waiting_uncached_tokens=_sum(each.get("num_waiting_uncached_tokens") for each in ranks),
         kv_use=_share(used, capacity, [_number(each.get("token_usage")) for each in ranks]),
@@ -132,6 +133,8 @@ def info(server: Mapping[str, Any], model: Mapping[str, Any], cards: Sequence[Ma
         epoch=epoch(server, model),
         context_tokens=next(filter(None, lengths), None) or count_or_none(server.get("context_length")),
         kv_capacity_tokens=None if capacity is None else capacity * dp_size,
+        max_running=_max_running(server, dp_size),
+        priority=_priority(server),
         block_size=count_or_none(server.get("page_size")),
         dp_size=dp_size,
         role=role if role in ("prefill", "decode") else None,
@@ -183,11 +186,33 @@ def adapters_at_start(server: Mapping[str, Any]) -> tuple[Adapter, ...]:
 
 def _lacks(server: Mapping[str, Any], kv_events: KvEventsEndpoint | None) -> tuple[tuple[str, str], ...]:
     lacks = [(signal, remedy) for signal, setting, remedy in _WANTED if server.get(setting, True) in (False, None)]
-    if server.get("enable_priority_scheduling") is True and server.get("schedule_low_priority_values_first") is True:
-        lacks.append(("priority", "start it without --schedule-low-priority-values-first, which reverses it"))
     if "kv_events" in server and kv_events is None:
         lacks.append(("kv_events", "start it with --kv-events-config and a tcp:// or ipc:// endpoint"))
     return tuple(lacks)
+
+
+def _max_running(server: Mapping[str, Any], dp_size: int) -> int | None:
+    """Requests that all ranks run at once: what each says of itself, made of the setting and of its memory.
+
+    The setting itself is not set as a rule, and stands for one rank or for all, by the kind of parallelism: it is
+    taken only where there is one.
+    """
+    states = server.get("internal_states")
+    ranks = [_mapping(each) for each in states] if isinstance(states, list) else []
+    if len(ranks) == dp_size:
+        effective = _sum(each.get("effective_max_running_requests_per_dp") for each in ranks)
+        if effective:
+            return effective
+    return count_or_none(server.get("max_running_requests")) or None if dp_size == 1 else None
+
+
+def _priority(server: Mapping[str, Any]) -> Priority | None:
+    enabled = server.get("enable_priority_scheduling")
+    if not isinstance(enabled, bool):
+        return None
+    if not enabled:
+        return Priority.NONE
+    return Priority.LOWER_FIRST if server.get("schedule_low_priority_values_first") is True else Priority.HIGHER_FIRST
 
 
 def _kv_events(server: Mapping[str, Any]) -> KvEventsEndpoint | None:

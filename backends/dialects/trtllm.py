@@ -87,7 +87,8 @@ class TrtLlm(OpenAI):
         prepared = super().prepare(wish)
         if wish.adapter is not None:
             prepared.values["lora_request"] = self._lora_request(wish)
-        if wish.urgency is not None:
+        # 0.5 is the engine's own default: not said, unless it has to take the place of the caller's.
+        if wish.urgency or (wish.urgency is not None and "priority" in wish.fields):
             prepared.values["priority"] = msgspec.json.encode(priority_of(wish.urgency))
         return prepared
 
@@ -172,6 +173,7 @@ def load_from_iterations(answer: Answer) -> EngineLoad:
     block_size = count_or_none(kv.get("tokensPerBlock"))
     return EngineLoad(
         running=count_or_none(newest.get("numActiveRequests")),
+        max_running=_smallest(newest, "maxBatchSizeRuntime", "maxNumActiveRequests"),
         waiting=count_or_none(newest.get("numQueuedRequests")),
         kv_use=min(1.0, used / most) if used is not None and most else None,
         kv_used_tokens=_product(used, block_size),
@@ -204,6 +206,11 @@ def _read(answer: Answer) -> dict[str, float]:
 def _whole(found: Mapping[str, float], name: str) -> int | None:
     value = found.get(name)
     return int(value) if value is not None and value >= 0 else None
+
+
+def _smallest(stats: Mapping[str, Any], *names: str) -> int | None:
+    """The smallest count above 0: some of them are 0 where the executor has no such bound."""
+    return min(filter(None, (count_or_none(stats.get(name)) for name in names)), default=None)
 
 
 def _product(blocks: int | None, block_size: int | None) -> int | None:

@@ -6,7 +6,8 @@ Stops generating within half a second of a closed connection. `/abort_requests` 
 happens unless tracking is switched on, and counts the requests of one HTTP process only: it is not asked.
 
 Whether a `priority` is obeyed cannot be asked. Without `--scheduling-policy priority` 0.32.0 ignores it, although the
-description of the field promises an error.
+description of the field promises an error; older versions answer 400 to any but 0, and the field is left out from then
+on. How many requests it runs at once (`--max-num-seqs`) only the development mode tells: that shows in its load.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class VLLM(OpenAI):
 
     def prepare(self, wish: Wish) -> Prepared:
         prepared = super().prepare(wish)
-        if wish.urgency is not None:
+        # 0 is vLLM's own default: not said, unless it has to take the place of the caller's.
+        if wish.urgency or (wish.urgency is not None and "priority" in wish.fields):
             prepared.values["priority"] = b"%d" % -wish.urgency
         return prepared
 

@@ -126,6 +126,7 @@ def _load(replica: Replica, upstream: Upstream, note: notes.LoadNote | None, now
     replica.load = Load(
         observed_at=now,
         running=load.running,
+        max_running=load.max_running,
         waiting=load.waiting,
         waiting_uncached_tokens=load.waiting_uncached_tokens,
         kv_use=load.kv_use,
@@ -138,6 +139,8 @@ def _load(replica: Replica, upstream: Upstream, note: notes.LoadNote | None, now
         adapter_slots=load.adapter_slots,
         adapter_slots_used=load.adapter_slots_used,
     )
+    replica.meter.observe(load.running, load.waiting)
+    _state_capacity(replica, upstream)
     upstream.signals.has(LOAD_SIGNAL)
     upstream.counts_work = load.prefill_tokens_total is not None or load.generated_tokens_total is not None
     upstream.check_progress(note.progressed, now)
@@ -150,10 +153,30 @@ def _info(replica: Replica, upstream: Upstream, note: notes.InfoNote | None) -> 
         logger.info("replica %s has begun anew: its cache is empty", replica.name)
         replica.adapters = None
         upstream.adapters = ()
+        replica.load = None  # of the life before
+        replica.meter.begin_anew()
     replica.epoch = note.epoch
     upstream.info = note.info
+    _state_capacity(replica, upstream)
     for signal, reason in note.info.lacks:
         upstream.signals.lacks(signal, reason)
+
+
+def _state_capacity(replica: Replica, upstream: Upstream) -> None:
+    """Pass on what the engine says of its size: in its last report, which is about this rank, else of itself."""
+    load, info = replica.load, upstream.info
+    requests = None if load is None else load.max_running
+    tokens = None if load is None else load.kv_capacity_tokens
+    if info is not None:
+        # An engine speaks of all its ranks together, and they are alike.
+        part = info.dp_size if replica.dp_rank is not None else 1
+        requests = _per_rank(info.max_running, part) if requests is None else requests
+        tokens = _per_rank(info.kv_capacity_tokens, part) if tokens is None else tokens
+    replica.meter.state(requests, tokens)
+
+
+def _per_rank(count: int | None, ranks: int) -> int | None:
+    return None if count is None else max(1, count // max(1, ranks))
 
 
 def _adapters(upstream: Upstream, note: notes.AdaptersNote | None) -> None:

@@ -69,6 +69,7 @@ def fleets(draw: st.DrawFn) -> tuple[list[Replica], list[Replica], tuple[str, ..
             region=draw(st.sampled_from((None, *REGIONS))),
             weight=draw(st.sampled_from((0.1, 1.0, 2.0, 3.0))),
             max_in_flight=draw(st.sampled_from((None, 1, 2))),
+            ceiling=draw(st.sampled_from((None, 1, 3))),
             in_flight=draw(st.integers(0, 3)),
         )
         make_unwell(one, draw(st.sampled_from(UNWELL)))
@@ -241,6 +242,23 @@ def test_when_all_are_warming_alike_nothing_changes() -> None:
 def test_a_warming_replica_that_is_the_only_one_left_takes_everything() -> None:
     alone, full = warming("alone"), replica("full", max_in_flight=1, in_flight=1)
     assert all(decide([alone, full], seed=seed).replica is alone for seed in range(50))
+
+
+def test_replicas_at_their_ceiling_are_left_alone_while_another_has_room() -> None:
+    busy, free = replica("busy", ceiling=2, in_flight=2), replica("free", in_flight=9)
+    decision = decide([busy, free])
+    assert (decision.replica, decision.reason) == (free, "least_outstanding")
+    assert [(each.replica, each.reason) for each in decision.excluded] == [(busy, "full")]
+
+
+def test_a_replica_beyond_its_ceiling_is_better_than_a_refusal_and_than_one_under_suspicion() -> None:
+    # A request that may only go to one replica, or whose replica was ejected since it left the queue.
+    busier, busy = replica("busier", ceiling=2, in_flight=5), replica("busy", ceiling=2, in_flight=3)
+    ill, full = replica("ill"), replica("full", max_in_flight=1, in_flight=1)
+    ill.cooldown.failed(NOW)
+    decision = decide([busier, ill, busy, full])
+    assert (decision.replica, decision.reason) == (busy, "over_capacity")
+    assert [each.replica for each in decision.excluded] == [busier, ill, full]
 
 
 def test_panic_never_reaches_outside_the_region() -> None:

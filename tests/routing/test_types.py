@@ -38,6 +38,16 @@ def test_full_is_named_before_cooling_down_so_that_panic_cannot_overfill() -> No
     assert one.unavailable_reason(0.1) == "full"
 
 
+def test_a_ceiling_makes_full_only_what_seems_well_and_is_no_limit() -> None:
+    one = replica(ceiling=1)
+    with one.reserve(request()):
+        assert one.unavailable_reason(0.0) == "full"
+        assert not one.at_limit
+        one.cooldown.failed(0.0)
+        assert one.unavailable_reason(0.1) == "cooling_down"
+    assert replica(max_in_flight=1, in_flight=1).at_limit
+
+
 def test_replicas_are_told_apart_by_identity_so_that_they_can_be_keys() -> None:
     assert replica() != replica()
     assert len({replica(), replica()}) == 2

@@ -179,13 +179,14 @@ def test_a_recorded_stream_that_is_cut_is_no_answer() -> None:
 async def test_slots_and_counters_make_the_load() -> None:
     async with answering(ENDPOINTS["busy"]) as side:
         load = await LlamaCpp().load(side, None)
-    assert (load.running, load.waiting) == (2, 1)
+    assert (load.running, load.max_running, load.waiting) == (2, 2, 1)
     assert (load.kv_used_tokens, load.kv_capacity_tokens) == (2 * 1073, 8192)
     assert load.kv_use == 2146 / 8192
     async with answering(ENDPOINTS["idle"]) as side:
         load = await LlamaCpp().load(side, None)
     assert load == EngineLoad(
         running=0,
+        max_running=2,
         waiting=0,
         kv_use=0.0,
         kv_used_tokens=0,
@@ -222,6 +223,7 @@ async def test_it_says_what_it_is() -> None:
         info = await LlamaCpp().info(side)
     assert (info.models, info.version) == (("tiny",), "b0-unknown")
     assert (info.context_tokens, info.kv_capacity_tokens, info.lacks) == (4096, 8192, ())
+    assert info.max_running == 2
     async with answering(ENDPOINTS["switched_off"]) as side:
         other = await LlamaCpp().info(side)
     assert info.epoch is not None

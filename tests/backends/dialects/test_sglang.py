@@ -19,14 +19,17 @@ from backends.dialects.protocol import (
     Adapter,
     AdapterRefused,
     EngineLoad,
+    Fault,
     KvEventsEndpoint,
     NotOffered,
+    Priority,
     Readiness,
     Untranslatable,
     Wish,
 )
 from backends.dialects.sglang import SGLang
 from backends.side import SideChannelError, Trouble
+from routing.capacity import Capacity, Meter
 from tests.backends.dialects.asking import ABSENT, Reply, asking, body_of, ok, recorded
 
 SGLANG = SGLang()
@@ -55,11 +58,6 @@ async def load_of(answers: Mapping[str, Reply], dp_rank: int | None = None) -> E
 def test_a_request_carries_our_id_and_nothing_that_was_not_wished() -> None:
     assert sent() == {"rid": "id-1"}
     assert sent(model="base") == {"rid": "id-1", "model": "base"}
-
-
-def test_urgency_is_sent_as_it_is_because_higher_goes_first() -> None:
-    assert sent(urgency=-3)["priority"] == -3
-    assert sent(urgency=7)["priority"] == 7
 
 
 def test_a_rank_is_chosen_by_the_field_of_0_5_23_and_embeddings_have_none() -> None:
@@ -91,6 +89,14 @@ def test_a_full_queue_is_overload_on_a_whole_answer_and_on_a_stream() -> None:
     event = recorded("sglang/queue_full_stream.json")[1].split(b"\n")[0].removeprefix(b"data: ")
     error = json.loads(event)["error"]
     assert SGLANG.is_overload(error["code"], error)
+
+
+def test_a_server_that_refuses_priorities_is_not_broken_and_another_may_take_the_request() -> None:
+    status, body = recorded("sglang/priority_disabled.json")
+    assert SGLANG.judge_error(status, json.loads(body)) is Fault.OVERLOAD
+    event = recorded("sglang/priority_disabled_stream.json")[1].split(b"\n")[0].removeprefix(b"data: ")
+    error = json.loads(event)["error"]
+    assert SGLANG.judge_error(error["code"], error) is Fault.OVERLOAD
 
 
 @pytest.mark.parametrize(
@@ -143,6 +149,7 @@ async def test_load_of_a_busy_engine() -> None:
     load = await load_of({LOADS: recorded("sglang/lora_loads_busy.json")})
     assert load == EngineLoad(
         running=4,
+        max_running=4,
         waiting=4,
         waiting_uncached_tokens=1420,
         kv_use=2240 / 32768,
@@ -163,12 +170,26 @@ async def test_load_of_an_idle_engine_is_zero_and_not_unknown() -> None:
     assert plain.adapter_slots is None
 
 
+async def test_what_memory_allows_is_less_than_what_is_stated_and_does_not_show_in_its_use() -> None:
+    load = await load_of({LOADS: recorded("sglang/loads_memory_bound.json")})
+    assert (load.running, load.waiting, load.max_running, load.kv_capacity_tokens) == (8, 4, 16, 4096)
+    # It keeps room for the answers to come; what counts is that it runs 8.
+    assert load.kv_use is not None
+    assert load.kv_use < 0.2
+    meter = Meter()
+    for _ in range(2):
+        meter.state(load.max_running, load.kv_capacity_tokens)
+        meter.observe(load.running, load.waiting)
+    assert meter.capacity == Capacity(8, 4096, "measured")
+
+
 async def test_ranks_are_added_up_or_told_apart() -> None:
     answers = {LOADS: recorded("sglang/dp_loads_busy.json")}
     both, first, second = [await load_of(answers, rank) for rank in (None, 0, 1)]
     assert [(each.running, each.waiting) for each in (both, first, second)] == [(6, 2), (2, 0), (4, 2)]
     assert [each.kv_used_tokens for each in (both, first, second)] == [1668 + 2852, 1668, 2852]
     assert both.kv_capacity_tokens == 65536
+    assert (both.max_running, second.max_running) == (8, 4)
     assert both.kv_use == (1668 + 2852) / 65536
     assert both.prefill_tokens_total == 722 + 1433
     with pytest.raises(NotOffered, match="rank 7"):
@@ -265,6 +286,7 @@ async def test_info_of_a_server_with_everything_switched_on() -> None:
     assert (info.version, info.models, info.context_tokens) == ("0.5.23", ("tiny",), 8192)
     assert (info.kv_capacity_tokens, info.block_size, info.dp_size, info.role) == (32768, 16, 1, None)
     assert info.kv_events == KvEventsEndpoint("tcp://*:18310", "tcp://*:18311", "kv-events", 16, 1)
+    assert (info.max_running, info.priority) == (4, Priority.HIGHER_FIRST)
     assert info.lacks == ()
 
 
@@ -274,15 +296,36 @@ async def test_info_says_what_the_server_was_started_without() -> None:
         info = await SGLANG.info(engine.side)
     assert info.block_size == 1
     assert info.kv_events is None
+    assert (info.max_running, info.priority) == (4, Priority.NONE)
     assert [signal for signal, _ in info.lacks] == ["cached_tokens", "priority", "adapters", "kv_events"]
 
 
-async def test_reversed_priorities_count_as_lacking() -> None:
+async def test_ranks_are_counted_together_and_reversed_priorities_are_known() -> None:
     async with asking(replies(server_info="dp_server_info")) as engine:
         info = await SGLANG.info(engine.side)
-    assert dict(info.lacks)["priority"].startswith("start it without --schedule-low-priority-values-first")
+    assert (info.priority, info.max_running) == (Priority.LOWER_FIRST, 8)
+    assert "priority" not in dict(info.lacks)
     assert (info.dp_size, info.kv_capacity_tokens) == (2, 65536)
     assert info.kv_events == KvEventsEndpoint("tcp://*:18312", None, "kv-events", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        ({}, None),
+        ({"max_running_requests": None}, None),
+        ({"max_running_requests": 16}, 16),
+        ({"max_running_requests": 16, "dp_size": 2}, None),  # of one rank, or of both?
+        ({"max_running_requests": 16, "internal_states": [{"effective_max_running_requests_per_dp": 9}]}, 9),
+        ({"dp_size": 2, "internal_states": [{"effective_max_running_requests_per_dp": 9}]}, None),
+        ({"max_running_requests": 16, "internal_states": [{}]}, 16),
+        ({"max_running_requests": 0, "internal_states": "no"}, None),
+    ],
+)
+def test_requests_at_once_are_what_the_ranks_say_else_the_setting_of_a_single_one(
+    server: dict[str, Any], expected: int | None
+) -> None:
+    assert report.info(server, {}, []).max_running == expected
 
 
 async def test_an_endpoint_in_the_file_system_is_known_from_the_setting() -> None:

@@ -33,8 +33,26 @@ async def test_the_newest_iteration_is_the_load() -> None:
     async with answering(REPLIES["plain"]) as side:
         load = await TrtLlm().load(side, None)
     assert load == EngineLoad(
-        running=4, waiting=2, kv_use=3 / 101256, kv_used_tokens=3 * 32, kv_capacity_tokens=101256 * 32
+        running=4,
+        max_running=2048,
+        waiting=2,
+        kv_use=3 / 101256,
+        kv_used_tokens=3 * 32,
+        kv_capacity_tokens=101256 * 32,
     )
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"),
+    [
+        ({"maxBatchSizeRuntime": 64, "maxNumActiveRequests": 2048}, 64),
+        ({"maxBatchSizeRuntime": 0, "maxNumActiveRequests": 256}, 256),
+        ({"maxNumActiveRequests": "256"}, None),
+    ],
+)
+async def test_requests_at_once_are_the_smaller_bound_that_is_one(stats: dict[str, Any], expected: int | None) -> None:
+    async with answering({"GET /metrics": {"status": 200, "body": json.dumps([stats])}}) as side:
+        assert (await TrtLlm().load(side, None)).max_running == expected
 
 
 async def test_no_new_iteration_is_no_news_and_no_missing_signal() -> None:
@@ -122,7 +140,7 @@ def test_urgency_keeps_its_order_within_the_range(one: int, other: int) -> None:
 
 
 def test_urgency_is_sent_as_a_fraction() -> None:
-    assert json.loads(TrtLlm().prepare(wish(urgency=0)).values["priority"]) == 0.5
+    assert json.loads(TrtLlm().prepare(wish(urgency=1)).values["priority"]) == 0.75
     assert "priority" not in TrtLlm().prepare(wish()).values
 
 

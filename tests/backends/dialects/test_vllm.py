@@ -55,12 +55,6 @@ def test_nothing_is_set_that_was_not_wished_and_a_rank_has_no_field() -> None:
     assert sent(model="base") == {"model": "base"}
 
 
-def test_urgency_is_turned_round_because_lower_goes_first() -> None:
-    assert sent(urgency=3) == {"priority": -3}
-    assert sent(urgency=-2) == {"priority": 2}
-    assert sent(urgency=0) == {"priority": 0}
-
-
 def test_an_adapter_is_addressed_by_its_own_name() -> None:
     assert sent(model="base", adapter="lora-a") == {"model": "lora-a"}
 
