@@ -25,7 +25,7 @@ setup := PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 # Ports travel as the environment overrides that every Tidegate command reads.
 ports := $(if $(PORT),TIDEGATE_SERVER__PORT='$(PORT)') $(if $(ADMIN_PORT),TIDEGATE_ADMIN__PORT='$(ADMIN_PORT)')
 
-.PHONY: help run test check bench load test-engines lock clean format
+.PHONY: help run test check bench load faults test-engines lock clean format
 
 help: ## this list
 	@echo 'Targets:'
@@ -70,6 +70,9 @@ bench: $(VENV)/.ready-dev ## CPU per request and chunk, added latency, the choic
 
 load: $(VENV)/.ready-dev ## one short round of the same, which writes nothing
 	@$(py) -m loadtests.bench --quick $(ARGS)
+
+faults: $(VENV)/.ready-dev ## limits and queue while Redis is killed, frozen, replaced: the long form, into docs/limits.md (5 minutes)
+	@$(py) -m tests.faults.report $(ARGS)
 
 test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang and vLLM on the CPU included (a large install, minutes)
 	@$(py) -m tests.engines.install

@@ -47,12 +47,14 @@ class WrongHost(InvalidRequest):
     code = "invalid_host"
 
 
-def admin_app(sources: Sequence[Source], *, host: str, token: SecretStr | None) -> ASGIApp:
-    """The app for the admin listener on `host`. Without a token it stays closed."""
-    return Guard(private_app(sources), host=host, token=token)
+def admin_app(
+    sources: Sequence[Source], *, host: str, token: SecretStr | None, routes: Sequence[Route] = ()
+) -> ASGIApp:
+    """The app for the admin listener on `host`, with these further routes. Without a token it stays closed."""
+    return Guard(private_app(sources, routes), host=host, token=token)
 
 
-def private_app(sources: Sequence[Source]) -> Starlette:
+def private_app(sources: Sequence[Source], routes: Sequence[Route] = ()) -> Starlette:
     """The same without the guard: for a socket that only this user's processes can reach."""
     admin = _Admin(sources)
     return Starlette(
@@ -61,6 +63,7 @@ def private_app(sources: Sequence[Source]) -> Starlette:
             Route("/admin/fleet", admin.fleet, methods=["GET"]),
             Route("/admin/usage", admin.usage, methods=["GET"]),
             *Operations(sources).routes(),
+            *routes,
         ],
         exception_handlers=ERROR_HANDLERS,
     )

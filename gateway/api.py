@@ -16,6 +16,7 @@ from gateway.edges.asgi import InferenceEndpoint
 from gateway.error_replies import ERROR_HANDLERS
 from gateway.errors import ModelNotFound
 from gateway.fleet import ModelRoute
+from gateway.keys.principal import may_use
 from gateway.order import INFERENCE_PATHS
 from gateway.runtime import Runtime
 from routing.types import Replica
@@ -76,15 +77,22 @@ class _Api:
         self._runtime = runtime
 
     async def models(self, request: Request) -> Response:
+        """The models that the caller may use."""
+        caller = self._runtime.gate.identify(request.scope["headers"])
         fleet = self._runtime.fleet
-        listed = [_model_object(name, route, fleet.created_unix_s) for name, route in fleet.listed()]
+        listed = [
+            _model_object(name, route, fleet.created_unix_s)
+            for name, route in fleet.listed()
+            if may_use(caller, route.model, _asked_adapter(name, route))
+        ]
         return _json({"object": "list", "data": listed})
 
     async def model(self, request: Request) -> Response:
+        caller = self._runtime.gate.identify(request.scope["headers"])
         fleet = self._runtime.fleet
         name = request.path_params["model"]
         route = fleet.route(name)
-        if route is None:
+        if route is None or not may_use(caller, route.model, _asked_adapter(name, route)):
             raise ModelNotFound(
                 f"The model {name[:200]!r} does not exist here; GET /v1/models lists them.", param="model"
             )
@@ -111,6 +119,13 @@ def _may_serve(replica: Replica, now: float) -> bool:
     """Whether the replica serves, or is about to: being busy, or one lost connection, is no reason to turn away."""
     reason = replica.unavailable_reason(now)
     return reason in (None, "full", "half_open") or (reason == "cooling_down" and replica.cooldown.failures < 2)
+
+
+def _asked_adapter(name: str, route: ModelRoute) -> str | None:
+    """The adapter in `<model>:<adapter>`, where that is how it was named."""
+    if route.name != route.model:
+        return route.adapter
+    return name[len(route.model) + 1 :] if name.startswith(f"{route.model}:") else None
 
 
 def _model_object(name: str, route: ModelRoute, created_unix_s: int) -> dict[str, Any]:

@@ -24,8 +24,8 @@ class Begin:
 
     parent_pid: int
     settings: Settings
-    store_path: str
-    """The socket of the store that all workers share."""
+    store_path: str | None
+    """The socket of the store that all workers share; None where that is a Redis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,12 @@ class Hurry:
     """Skip what is being waited for."""
 
 
-Message = Begin | Reload | Stop | Hurry
+@dataclass(frozen=True, slots=True)
+class KeysChanged:
+    """An operator has changed keys or tenants through this gateway."""
+
+
+Message = Begin | Reload | Stop | Hurry | KeysChanged
 
 
 def encode(message: Message) -> bytes:

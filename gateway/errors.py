@@ -20,6 +20,8 @@ leaves is not an error and has no class here.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from gateway.record import Outcome
@@ -58,8 +60,9 @@ class GatewayError(Exception):
         """Retry hints, in both spellings that OpenAI's SDK reads (`retry-after-ms` first)."""
         found: list[tuple[bytes, bytes]] = []
         if self.retry_after_s is not None:
-            found.append((b"retry-after", b"%d" % max(1, round(self.retry_after_s))))
-            found.append((b"retry-after-ms", b"%d" % max(1, round(self.retry_after_s * 1000))))
+            # Rounded up: whoever comes back at that time is not early.
+            found.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
+            found.append((b"retry-after-ms", b"%d" % max(1, math.ceil(self.retry_after_s * 1000))))
         if self.should_retry is not None:
             found.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
         return found

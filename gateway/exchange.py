@@ -1,8 +1,8 @@
 """One request from its parsed bytes to its settlement: the only place where the whole path can be read.
 
 Both edges call `serve`. What is acquired is acquired by nesting, so the order of release is the indentation: the
-upstream connection first, then the replica's place, then the record is settled. The caller cancels the task when the
-client leaves, in whatever phase that is.
+upstream connection first, then the replica's place, then what was reserved at the gate, then the record. The caller
+cancels the task when the client leaves, in whatever phase that is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from backends.http1 import Connection
 from backends.side import SideChannelError
 from backends.upstream import Upstream
 from gateway import usage
+from gateway.admission.visit import Visit
 from gateway.attempts import MAX_ATTEMPTS, Attempts
 from gateway.errors import (
     Draining,
@@ -30,7 +31,8 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamTimeout,
 )
-from gateway.order import EMBEDDINGS, Call, Order, read_order
+from gateway.keys.records import PRIORITY_CLASSES
+from gateway.order import CHAT, EMBEDDINGS, Call, Order, read_order
 from gateway.record import Exchange, Outcome
 from gateway.relay import Relay, UpstreamReply
 from gateway.reply import Headers, Reply
@@ -42,8 +44,9 @@ from routing.types import Decision, Replica
 
 logger = logging.getLogger(__name__)
 
-_STANDING: Headers = [(b"x-tidegate-queue-ms", b"0"), (b"x-tidegate-store", b"memory")]
-"""True of every reply for now: nothing queues here yet, and there is one kind of store."""
+_EVENT_STREAM: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+_CHAT_OUTPUT_BOUND = {"openai": "max_completion_tokens", "azure": "max_completion_tokens"}
+"""What bounds the output of those that refuse `max_tokens` for their newer models."""
 POOL_WAIT_S = 1.0
 """How long to wait for a free connection to a replica that has as many as it may."""
 
@@ -51,13 +54,23 @@ POOL_WAIT_S = 1.0
 async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
     """Answer one call. Returns when the reply is complete; every way out settles the record exactly once."""
     exchange = runtime.begin(call)
+    gate = runtime.gate
+    exchange.admission_headers = gate.standing
     relay: Relay | None = None
+    visit: Visit | None = None
     try:
-        order = read_order(call, runtime.fleet, exchange.request_id)
+        caller = gate.identify(call.headers)
+        exchange.tenant = caller.tenant.name
+        exchange.key_id = caller.key_id
+        order = read_order(call, runtime.fleet, exchange.request_id, caller)
         _note(exchange, order)
+        counted = await gate.count(caller, order) if gate.counts_long(order) else None
+        visit = gate.visit(caller, order, exchange, counted)
         relay = _relay(order, exchange, reply, runtime)
         with runtime.relaying(relay):
-            await _answer(call, order, relay, reply, exchange, runtime)
+            if visit is not None:
+                await gate.enter(visit, relay)
+            await _answer(call, order, relay, reply, visit, runtime)
     except GatewayError as error:
         _refuse(error, relay, reply, exchange)
     except asyncio.CancelledError:
@@ -69,11 +82,14 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
     finally:
         if relay is not None and relay.reader is not None:
             usage.from_stream(exchange, relay.reader)
+        if visit is not None:
+            gate.leave(visit, exchange)
         runtime.settle(exchange)
 
 
-async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange: Exchange, runtime: Runtime) -> None:
+async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: Visit | None, runtime: Runtime) -> None:
     """Try replicas until one answers; write its answer."""
+    exchange = relay.exchange
     pool = order.route.pool
     story = Attempts(pool.replicas, runtime.witness)
     try:
@@ -84,13 +100,16 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, exchange
             decision = runtime.policy.decide(order.request, pool.replicas, now, story.tried)
             replica = decision.replica
             if replica is None or story.counted >= MAX_ATTEMPTS:
+                full = replica is None and _some_are_full(decision)
+                if full and visit is not None and await runtime.gate.wait_for_replica(visit):
+                    continue
                 raise story.error or _none_left(decision)
             upstream = pool.upstreams[replica]
             with replica.reserve(order.request):
                 exchange.attempts += 1
                 _note_choice(exchange, replica, decision)
                 if exchange.stream:
-                    relay.headers = _headers(exchange, [(b"content-type", b"text/event-stream; charset=utf-8")])
+                    relay.headers = _headers(exchange, _EVENT_STREAM)
                 whole, verdict = await _attempt(call, order, relay, upstream, runtime)
             if verdict is None:
                 if whole is None:
@@ -145,14 +164,17 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
     dialect = upstream.dialect
     if dialect.must_know_adapters and upstream.replica.adapters is None:
         await upstream.learn_adapters()  # once in each life of the engine
+    bound = relay.exchange.max_tokens_set
     wish = Wish(
         path=call.path,
-        fields=order.body.fields,
+        fields=order.body.fields if bound is None else {**order.body.fields, "max_tokens": bound},
         # An engine may still hold the id of an attempt that was given up, and an abort may still be on its way to it.
         request_id=order.request.id if relay.exchange.attempts == 1 else runtime.new_request_id(),
         stream=order.request.stream,
         model=upstream.model or order.route.upstream_model,
         adapter=order.route.adapter,
+        urgency=order.urgency,
+        priority=None if upstream.info is None else upstream.info.priority,
         adapters=upstream.adapters or upstream.configured_adapters,
         dp_rank=upstream.replica.dp_rank,
     )
@@ -161,6 +183,9 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
         relay.begin(upstream.replica)
         prepared = dialect.prepare(wish)
         values = prepared.values
+        if bound is not None:
+            name = _CHAT_OUTPUT_BOUND.get(dialect.name, "max_tokens") if call.path == CHAT else "max_tokens"
+            values[name] = b"%d" % bound
         if left_out or upstream.signals.refused_fields:
             for name in (*upstream.signals.refused_fields, *left_out):
                 values.pop(name, None)
@@ -197,6 +222,11 @@ async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Conn
             return await upstream.pool.acquire(POOL_WAIT_S, connect_timeout_s=order.route.connect_s)
     except TimeoutError as error:
         raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.") from error
+
+
+def _some_are_full(decision: Decision) -> bool:
+    """Whether some replica could take the request if it were not full, so that it only has to wait."""
+    return any(each.reason == "full" for each in decision.excluded)
 
 
 def _none_left(decision: Decision) -> GatewayError:
@@ -237,6 +267,7 @@ def _note(exchange: Exchange, order: Order) -> None:
     exchange.stream = order.request.stream
     exchange.pool = order.route.pool.name
     exchange.price = order.route.price
+    exchange.priority_class = PRIORITY_CLASSES[order.band]
 
 
 def _note_choice(exchange: Exchange, replica: Replica, decision: Decision) -> None:
@@ -253,7 +284,7 @@ def _headers(exchange: Exchange, content: Headers) -> Headers:
         (b"x-tidegate-replica", exchange.replica.encode()),
         (b"x-tidegate-attempts", b"%d" % exchange.attempts),
         (b"x-tidegate-route-reason", exchange.route_reason.encode()),
-        *_STANDING,
+        *exchange.admission_headers,
     ]
     if exchange.region is not None:
         headers.append((b"x-tidegate-region", exchange.region.encode()))
@@ -307,6 +338,7 @@ def _refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Ex
         (b"content-type", b"application/json"),
         (b"x-request-id", exchange.request_id.encode()),
         *error.headers(),
+        *exchange.admission_headers,
     ]
     if exchange.replica:
         headers.append((b"x-tidegate-replica", exchange.replica.encode()))

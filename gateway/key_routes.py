@@ -153,8 +153,7 @@ class _Keys:
         if before is not None and not (before.isascii() and before.isdigit() and len(before) <= 18):
             raise InvalidRequest("before must be the id of an entry.", param="before")
         before_id = None if before is None else int(before)
-        database = self._open()
-        entries = await self._threaded(lambda: database.audit.list(limit, before_id), UnknownKey)
+        entries = await self._threaded(lambda: self._open().audit.list(limit, before_id), UnknownKey)
         data = [
             {
                 "id": entry.id,
@@ -171,14 +170,14 @@ class _Keys:
     # -- the database
 
     def _open(self) -> Database:
+        """Blocks: nobody may have needed the database before."""
         database = self._database()
         if database is None:
             raise KeysOff("This gateway runs without API keys (auth: insecure); set auth: keys and restart it.")
         return database
 
     async def _ask(self, question: Callable[[Office], T], unknown: type[GatewayError] = UnknownKey) -> T:
-        office = Office(self._open(), self._pepper)
-        return await self._threaded(lambda: question(office), unknown)
+        return await self._threaded(lambda: question(Office(self._open(), self._pepper)), unknown)
 
     async def _change(self, order: Callable[[Office], T]) -> T:
         """Carry out an order, and tell the other gateways; one that is not told learns it by its next reading."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from gateway.histogram import Histogram
 from gateway.record import Exchange
 from gateway.watch.witness import Witness
 from routing.load import Load
@@ -24,30 +24,6 @@ DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.
 
 UNKNOWN_MODEL = "unknown"
 """Label of requests that never resolved to a configured model; what a client typed is never a label."""
-
-
-class Histogram:
-    """Counts per bucket and a sum; the exposition makes them cumulative."""
-
-    __slots__ = ("_bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, as the text format wants them."""
-        cumulative = 0
-        found: list[tuple[str, float]] = []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self.counts, strict=True):
-            cumulative += count
-            found.append((bound, cumulative))
-        return found
 
 
 class _ModelCounts:
@@ -177,10 +153,33 @@ def replica_families(replicas: Sequence[Replica], now: float) -> Iterator[Metric
         state.add_metric([*labels, replica.health.state(now).value], 1.0)
         draining.add_metric(labels, float(replica.draining))
     yield in_flight
+    yield from _capacity_families(replicas)
     yield available
     yield state
     yield draining
     yield from _load_families(replicas)
+
+
+def _capacity_families(replicas: Sequence[Replica]) -> Iterator[Metric]:
+    """What replicas take at once; one of which it is not known is left out."""
+    requests = GaugeMetricFamily(
+        "tidegate_replica_capacity_requests",
+        "Requests a replica runs at once, by the first who says: configuration, engine, its load reports.",
+        labels=["pool", "replica"],
+    )
+    tokens = GaugeMetricFamily(
+        "tidegate_replica_capacity_tokens",
+        "Tokens that a replica's KV cache has for requests.",
+        labels=["pool", "replica"],
+    )
+    for replica in replicas:
+        capacity = replica.meter.capacity
+        if capacity.requests is not None:
+            requests.add_metric([replica.pool, replica.name], capacity.requests)
+        if capacity.tokens is not None:
+            tokens.add_metric([replica.pool, replica.name], capacity.tokens)
+    yield requests
+    yield tokens
 
 
 def _load_families(replicas: Sequence[Replica]) -> Iterator[Metric]:

@@ -14,6 +14,10 @@ import msgspec
 from gateway.body import Body, parse
 from gateway.errors import InvalidRequest, ModelNotFound
 from gateway.fleet import Fleet, ModelRoute
+from gateway.keys.principal import Principal, allowed_regions, authorise
+from gateway.keys.records import KeyRecord
+from gateway.limits.classes import band_of, urgency, waits_long
+from gateway.store.places import Band
 from routing.types import InferenceRequest
 
 CHAT = "/v1/chat/completions"
@@ -21,6 +25,8 @@ COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
 INFERENCE_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
 
+STANDARD = "standard"
+"""Priority class of requests without a key."""
 PASSED_ON = frozenset({b"traceparent", b"tracestate"})
 """The client headers that reach an upstream. Anything else, credentials above all, does not."""
 
@@ -38,6 +44,7 @@ class Call(msgspec.Struct, frozen=True):
 class Order(msgspec.Struct, frozen=True):
     """What was asked for, understood."""
 
+    path: str
     request: InferenceRequest
     route: ModelRoute
     body: Body
@@ -46,18 +53,34 @@ class Order(msgspec.Struct, frozen=True):
     """The caller did not ask for the usage chunk that the gateway asks for."""
     total_s: float
     passed_on: list[tuple[bytes, bytes]]
+    band: Band
+    """Priority class: the caller's, or a lower one that the request asks for."""
+    urgency: int | None
+    """The class as engines are told it; None: nobody has a class, nothing is said."""
+    flexible: bool
+    """It may wait as long as its deadline allows (`service_tier: flex`)."""
+    read_timeout_s: float | None
+    """After how many seconds without a byte OpenAI's client gives up, where it says so."""
+    user: str
+    """The end user, as the caller names them; empty: nobody in particular."""
 
 
-def read_order(call: Call, fleet: Fleet, request_id: str) -> Order:
-    """Raises `InvalidRequest` and `ModelNotFound` with the parameter at fault."""
+def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> Order:
+    """Raises `InvalidRequest` and `ModelNotFound` with the parameter at fault, and `Forbidden` for what is not the
+    caller's to use."""
     body = parse(call.body)
     fields = body.fields
-    route = _route(fields.get("model"), fleet)
+    route = _route(fields.get("model"), fleet, caller)
     if not route.pool.reserved.isdisjoint(fields):
         _refuse_reserved(route.pool.reserved, fields)
     stream = _flag(fields, "stream") and call.path != EMBEDDINGS
     regions: tuple[str, ...] = ()
+    key = caller.key
     total_s = route.timing.total_s
+    if key is not None and key.deadline_ms is not None:
+        total_s = min(total_s, key.deadline_ms / 1000)
+    asked_class: bytes | None = None
+    read_timeout_s: float | None = None
     passed_on: list[tuple[bytes, bytes]] = []
     for name, value in call.headers:
         if name in PASSED_ON:
@@ -65,25 +88,54 @@ def read_order(call: Call, fleet: Fleet, request_id: str) -> Order:
         elif name == b"x-tidegate-region":
             regions = _regions(value)
         elif name == b"x-tidegate-deadline-ms":
-            total_s = min(total_s, _deadline_s(value))
+            total_s = min(route.timing.total_s, _deadline_s(value))
+        elif name == b"x-tidegate-class":
+            asked_class = value
+        elif name == b"x-stainless-read-timeout":
+            read_timeout_s = _read_timeout_s(value)
+    if key is not None and key.regions:
+        regions = allowed_regions(caller, regions)
+    tier = fields.get("service_tier")
+    max_output_tokens = _max_tokens(fields, key)
     request = InferenceRequest(
         id=request_id,
         model=route.name,
         adapter=route.adapter,
         stream=stream,
         prompt_bytes=len(call.body),
-        max_output_tokens=_max_tokens(fields),
+        max_output_tokens=max_output_tokens,
         regions=regions,
     )
     options = fields.get("stream_options")
     hide_usage = stream and not (isinstance(options, dict) and options.get("include_usage") is True)
-    return Order(request, route, body, _expected_choices(call.path, fields), hide_usage, total_s, passed_on)
+    band = band_of(STANDARD if key is None else key.priority_class, tier, asked_class)
+    return Order(
+        call.path,
+        request,
+        route,
+        body,
+        _expected_choices(call.path, fields),
+        hide_usage,
+        total_s,
+        passed_on,
+        band,
+        None if key is None and band is Band.STANDARD else urgency(band),
+        waits_long(tier),
+        read_timeout_s,
+        _user(fields),
+    )
 
 
-def _route(model: Any, fleet: Fleet) -> ModelRoute:
+def _route(model: Any, fleet: Fleet, caller: Principal) -> ModelRoute:
     if not isinstance(model, str) or not model:
         raise InvalidRequest("You must name a model, as a string.", param="model", code="missing_model")
     route = fleet.route(model)
+    if caller.key is not None:
+        if route is None:
+            authorise(caller, model)
+        else:
+            # Whoever may use a model may use the adapter that its entry in the configuration names.
+            authorise(caller, route.model, route.adapter if route.name != route.model else None)
     if route is None:
         raise ModelNotFound(f"The model {model[:200]!r} does not exist here; GET /v1/models lists them.", param="model")
     return route
@@ -127,10 +179,34 @@ def _deadline_s(value: bytes) -> float:
     return int(value) / 1000
 
 
-def _max_tokens(fields: Mapping[str, Any]) -> int | None:
+def _read_timeout_s(value: bytes) -> float | None:
+    """Seconds, as OpenAI's client writes them; nonsense is nobody's deadline."""
+    try:
+        seconds = float(value[:20])
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < 1e6 else None
+
+
+def _user(fields: Mapping[str, Any]) -> str:
+    """`safety_identifier`, which has taken the place of `user`, or that."""
+    for name in ("safety_identifier", "user"):
+        value = fields.get(name)
+        if value and isinstance(value, str):
+            return value
+    return ""
+
+
+def _max_tokens(fields: Mapping[str, Any], key: KeyRecord | None) -> int | None:
+    """The output that is asked for. Raises `InvalidRequest` when it is more than the caller's key allows."""
+    cap = None if key is None else key.max_output_tokens
     for name in ("max_completion_tokens", "max_tokens"):
         value = fields.get(name)
         if type(value) is int:
+            if cap is not None and value > cap:
+                raise InvalidRequest(
+                    f"{name!r} may be at most {cap} with this API key.", param=name, code="max_tokens_too_large"
+                )
             return value
     return None
 

@@ -6,6 +6,7 @@ Times are `time.monotonic()` seconds; `started_at` is also kept as wall-clock ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
@@ -65,6 +66,20 @@ class Exchange(msgspec.Struct):
     content_events: int = 0
     """Content events relayed; stands in for output tokens when the stream ended before its usage came."""
     price: Price | None = None
+    tenant: str = ""
+    key_id: str = ""
+    """Empty where there are no keys."""
+    priority_class: str = ""
+    queue_s: float = 0.0
+    """Seconds in line for a place."""
+    queue_position: int = 0
+    predicted_wait_s: float = 0.0
+    admission_headers: Sequence[tuple[bytes, bytes]] = ()
+    """What the reply says of limits and the queue."""
+    max_tokens_set: int | None = None
+    """What the gateway has the engine bound the output to, where a hard limit needs that and the caller gave none."""
+    usage_estimated: bool = False
+    """No usage was reported; `usage` is what was relayed and estimated."""
     cost_usd: float | None = None
     """None where the configuration gives no price, or no usage was reported."""
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from gateway.config import RESTART_ONLY, ConfigError, Settings, restart_only_changes
+from gateway.config import ConfigError, Settings, keep_restart_only, restart_only_changes
 
 logger = logging.getLogger("tidegate")
 
@@ -43,7 +43,6 @@ class Reloader:
         changed = restart_only_changes(self._settings, settings)
         if changed:
             logger.warning("reload: these need a restart and stay as they were: %s", ", ".join(changed))
-        kept = {name: getattr(self._settings, name) for name in RESTART_ONLY}
-        self._settings = settings.model_copy(update=kept)
+        self._settings = keep_restart_only(self._settings, settings)
         self._apply(self._settings)
         logger.info("configuration reloaded: %d models, %d backends", len(settings.models), len(settings.backends))

@@ -14,7 +14,8 @@ from backends.kvevents.view import Summary
 from backends.ticker import Ticker
 from backends.upstream import Upstream
 from gateway import usage
-from gateway.config import RESTART_ONLY, Settings
+from gateway.admission.opening import Admission
+from gateway.config import Settings, keep_restart_only
 from gateway.errors import GatewayError
 from gateway.fleet import Fleet, build_fleet
 from gateway.ledger import Ledger
@@ -22,7 +23,7 @@ from gateway.metrics import Metrics
 from gateway.order import Call
 from gateway.record import Exchange, Outcome
 from gateway.relay import Relay
-from gateway.store import MemoryStore, Store
+from gateway.store import Store
 from gateway.watch.witness import Witness
 from routing.types import Policy, Replica
 
@@ -58,14 +59,23 @@ class Runtime:
     """One worker's shared state. Create it inside the event loop that will use it."""
 
     def __init__(
-        self, settings: Settings, policy: Policy, metrics: Metrics, ledger: Ledger, *, store: Store | None = None
+        self,
+        settings: Settings,
+        policy: Policy,
+        metrics: Metrics,
+        ledger: Ledger,
+        *,
+        admission: Admission | None = None,
     ) -> None:
         self.settings = settings
         self.policy = policy
         self.metrics = metrics
         self.ledger = ledger
-        self.store: Store = MemoryStore() if store is None else store
-        """What this worker shares with the others. Made here, it is shared with nobody."""
+        self.admission = admission or Admission(settings)
+        """What lets requests in. Made here, it shares what it knows with nobody but a Redis."""
+        self.gate = self.admission.gate
+        self.store: Store = self.admission.store
+        """What this worker shares with the others."""
         self.witness = Witness()
         self.kv_listeners: Mapping[Replica, KvSource] = {}
         """Where KV-cache events are followed; kept up by the watch."""
@@ -109,7 +119,7 @@ class Runtime:
         exchange.finished_at = time.monotonic()
         if exchange.outcome is None:
             exchange.outcome = Outcome.INTERNAL
-        if exchange.price is not None and exchange.usage is not None:
+        if exchange.price is not None and exchange.usage is not None and exchange.cost_usd is None:
             exchange.cost_usd = usage.cost_usd(exchange.usage, exchange.price)
         self._live.discard(exchange.request_id)
         self.metrics.observe(exchange)
@@ -128,6 +138,7 @@ class Runtime:
 
     def interrupt_all(self, error: GatewayError) -> None:
         """End every exchange under way with this error."""
+        self.gate.interrupt_all(error)
         for relay in list(self._relays):
             relay.interrupt(error)
 
@@ -158,11 +169,11 @@ class Runtime:
 
         The sections that need a restart stay as they were, so that what is reported is what is in force.
         """
-        kept = {name: getattr(self.settings, name) for name in RESTART_ONLY}
-        settings = settings.model_copy(update=kept)
+        settings = keep_restart_only(self.settings, settings)
         old = self.fleet
         self.fleet = build_fleet(settings, self.ticker, time.time(), old)
         self.settings = settings
+        self.admission.reload(settings)
         self._keep(self._retire(old))
 
     async def _retire(self, old: Fleet) -> None:
@@ -183,5 +194,6 @@ class Runtime:
         for upstream in self.fleet.upstreams():
             await upstream.aclose()
         self.ticker.close()
+        await self.admission.aclose()
         await self.store.aclose()
         await self.ledger.aclose()

@@ -24,6 +24,7 @@ from pydantic import SecretStr
 
 from gateway import control
 from gateway.admin import admin_app
+from gateway.admission.records import admin_routes
 from gateway.config import Settings
 from gateway.listener import Listener, admin_listener, bind_uds, listen
 from gateway.reload import Reloader
@@ -78,7 +79,7 @@ class _Slot:
 
 
 class Supervisor:
-    """Runs `count` workers on `sockets` until a signal ends it."""
+    """Runs `count` workers on `sockets` until a signal ends it. Raises `AdmissionError`."""
 
     def __init__(
         self,
@@ -100,11 +101,12 @@ class Supervisor:
         self._worker_options = worker_options
         self._on_ready = on_ready
         self._slots: list[_Slot] = []
-        self._store_path = ""
+        self._store_path: str | None = None
         self._stopping = asyncio.Event()
         self._gave_up = False
         self._announced = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._routes = admin_routes(settings, self._keys_changed)
         self._reloader = Reloader(settings, read, self._apply)
 
     async def run(self) -> int:
@@ -112,9 +114,11 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="tidegate-", dir=_short_folder()) as folder:  # mode 0700
             self._slots = [_Slot(index, Path(folder)) for index in range(self._count)]
             listen([slot.admin_socket for slot in self._slots])
-            self._store_path = str(Path(folder, "store.sock"))
-            store = StoreServer(MemoryStore(), bind_uds(self._store_path, "the workers' store"))
-            await store.start()
+            store: StoreServer | None = None
+            if self._settings.store == "memory":
+                self._store_path = str(Path(folder, "store.sock"))
+                store = StoreServer(MemoryStore(), bind_uds(self._store_path, "the workers' store"))
+                await store.start()
             self._handle_signals()
             async with asyncio.TaskGroup() as tasks:
                 admin = self._admin()
@@ -126,7 +130,8 @@ class Supervisor:
                 if admin is not None:
                     admin.should_exit = True
                     admin.cut()
-            await store.aclose()
+            if store is not None:
+                await store.aclose()
             for slot in self._slots:
                 slot.admin_socket.close()
         if self._deadline is not None:
@@ -138,7 +143,12 @@ class Supervisor:
         if not self._admin_sockets:
             return None
         sources = [RemoteSource(slot.index, slot.socket_path) for slot in self._slots]
-        return admin_listener(admin_app(sources, host=self._settings.admin.host, token=self._admin_token))
+        app = admin_app(sources, host=self._settings.admin.host, token=self._admin_token, routes=self._routes)
+        return admin_listener(app)
+
+    async def _keys_changed(self) -> None:
+        for slot in self._slots:
+            slot.tell(control.KeysChanged())
 
     # -- keeping workers
 

@@ -17,6 +17,8 @@ from random import Random
 
 from starlette.types import ASGIApp
 
+from gateway.admission.opening import Admission
+from gateway.admission.records import AdmissionError
 from gateway.api import build_app
 from gateway.config import Settings
 from gateway.errors import Draining
@@ -46,7 +48,8 @@ class StartError(Exception):
 class Worker:
     """Serves on sockets that are bound already, until it is told to stop. Create it inside its event loop.
 
-    It closes `store` at its end; without one it makes its own, which it shares with nobody.
+    `store` is what it shares with the other workers where there is no Redis; `alone` says that there are none. It
+    closes its store at its end. Raises `StartError` for settings that cannot be used.
     """
 
     def __init__(
@@ -55,17 +58,24 @@ class Worker:
         *,
         sockets: Sequence[socket.socket],
         admin_sockets: Sequence[socket.socket],
-        build_admin: Callable[[Source], ASGIApp],
+        build_admin: Callable[[Source, Admission], ASGIApp],
         index: int = 0,
         store: Store | None = None,
+        alone: bool = True,
     ) -> None:
         path = settings.usage_log.path
         self._sockets = sockets
         self._admin_sockets = admin_sockets
         self._ledger = Ledger(None if path is None else Path(path))
-        self._runtime = Runtime(settings, LeastOutstanding(Random()), Metrics(), self._ledger, store=store)
+        try:
+            self._admission = Admission(settings, store=store, alone=alone)
+        except AdmissionError as error:
+            raise StartError(str(error)) from error
+        self._runtime = Runtime(
+            settings, LeastOutstanding(Random()), Metrics(), self._ledger, admission=self._admission
+        )
         self._watcher = Watcher(self._runtime, Random())
-        self._admin_app = build_admin(LocalSource(self._runtime, index))
+        self._admin_app = build_admin(LocalSource(self._runtime, index), self._admission)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._graceful = True
@@ -92,6 +102,11 @@ class Worker:
         except Exception:
             logger.exception("reload failed")
 
+    def keys_changed(self) -> None:
+        """Read the changes of keys now, not at the next turn."""
+        if self._admission.sync is not None:
+            self._admission.sync.nudge()
+
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until stopped; `on_ready` is called once connections are accepted. Raises `StartError`."""
         runtime = self._runtime
@@ -99,6 +114,10 @@ class Worker:
             self._ledger.start()
         except OSError as error:
             raise StartError(f"usage_log.path: cannot write {self._ledger.path}: {error.strerror or error}.") from error
+        try:
+            await self._admission.start()
+        except AdmissionError as error:
+            raise StartError(str(error)) from error
         self._watcher.start()
         await self._watcher.first_look(FIRST_LOOK_S)
         listener, sweep = inference_listener(build_app(runtime), runtime)

@@ -42,7 +42,9 @@ def serve_alone(
             settings,
             sockets=sockets,
             admin_sockets=admin_sockets,
-            build_admin=lambda source: admin_app([source], host=settings.admin.host, token=admin_token),
+            build_admin=lambda source, admission: admin_app(
+                [source], host=settings.admin.host, token=admin_token, routes=admission.admin_routes()
+            ),
         )
 
         def stop(graceful: bool) -> None:
@@ -82,9 +84,10 @@ def serve_supervised(index: int, fds: Sequence[int]) -> int:
             begin.settings,
             sockets=sockets,
             admin_sockets=[admin],
-            build_admin=lambda source: private_app([source]),
+            build_admin=lambda source, _: private_app([source]),
             index=index,
-            store=RemoteStore(begin.store_path),
+            store=None if begin.store_path is None else RemoteStore(begin.store_path),
+            alone=False,
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: worker.stop(graceful=True))
@@ -118,6 +121,8 @@ async def _obey(worker: Worker, reader: asyncio.StreamReader) -> None:
                 worker.hurry()
             case control.Reload(settings):
                 worker.reload(settings)
+            case control.KeysChanged():
+                worker.keys_changed()
             case None:
                 worker.stop(graceful=False)
                 worker.hurry()

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.llamacpp import LlamaCpp, running_llamacpp
+from tests.support.redis_server import redis_server, shared_redis
+
+__all__ = ["llamacpp_pair", "llamacpp_replica", "redis_server", "shared_redis"]
 
 
 @pytest.fixture(scope="session")

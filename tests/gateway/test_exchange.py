@@ -260,9 +260,9 @@ async def test_an_idle_fleet_is_used_evenly() -> None:
 
 
 @EDGES
-async def test_a_full_pool_is_a_503_that_says_when_to_come_back(edge: str) -> None:
+async def test_a_full_pool_without_a_queue_is_a_503_that_says_when_to_come_back(edge: str) -> None:
     async with FakeEngine(hang=True) as engine:
-        backend = {"replicas": [{"url": engine.url, "max_in_flight": 1}]}
+        backend = {"replicas": [{"url": engine.url, "max_in_flight": 1}], "queue": {"enabled": False}}
         async with serving(settings_for([], edge=edge, backend=backend)) as gateway:
             first = asyncio.create_task(ask(gateway, CHAT))
             await engine.received()

@@ -8,6 +8,7 @@ from typing import Any
 from backends.ticker import Ticker
 from gateway.config import Settings
 from gateway.fleet import build_fleet
+from routing.capacity import Capacity
 
 
 def settings(*replicas: Mapping[str, Any], **backend: Any) -> Settings:
@@ -60,3 +61,13 @@ async def test_two_paths_at_one_host_are_two_replicas_also_after_a_reload() -> N
         for upstream in new.pools["pool"].upstreams.values()
     }
     assert sent == {b"/one/v1/embeddings", b"/two/v1/embeddings"}
+
+
+async def test_a_reload_changes_the_capacity_that_is_configured_and_keeps_what_was_learned() -> None:
+    ticker = Ticker()
+    old = build_fleet(settings({**A, "max_in_flight": 8}, queue={"max_tokens": 4096}), ticker, 0.0)
+    (replica,) = old.pools["pool"].replicas
+    assert replica.meter.capacity == Capacity(8, 4096, "configured")
+    replica.meter.state(64, 32768)
+    build_fleet(settings(A), ticker, 0.0, old)
+    assert replica.meter.capacity == Capacity(64, 32768, "stated")

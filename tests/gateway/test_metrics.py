@@ -15,17 +15,23 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from backends.usage import Usage
+from gateway.admission.opening import Admission
 from gateway.errors import GatewayError
+from gateway.histogram import Histogram
+from gateway.limits.plan import Plan
+from gateway.limits.sets import LimitSet
 from gateway.metrics import (
     TTFT_BUCKETS_S,
     UNKNOWN_MODEL,
-    Histogram,
     Metrics,
     health_families,
     process_families,
     replica_families,
 )
 from gateway.record import Exchange, Outcome
+from gateway.store.limits import Admission as Answer
+from gateway.store.limits import Rate, Refusal, Scope, Unit
+from gateway.store.places import Band
 from gateway.verdict import Again, Verdict
 from gateway.watch.witness import Witness
 from loadtests.engine import FakeEngine
@@ -67,6 +73,7 @@ def everything() -> list[Metric]:
     metrics.observe(settled(usage=Usage(1, 1, 1), cost_usd=0.1, replica="pool-0", attempts=1, first_content_at=11.0))
     replica = Replica("pool-0", "pool", "http://x", "openai")
     replica.load = Load(0.0, running=1, waiting=2, kv_use=0.5, prefill_us_per_token=80.0)
+    replica.meter.state(8, 4096)
     witness = Witness()
     witness.changed(replica, Change.EJECTED, "a test")
     witness.failed(replica, [replica], Verdict(GatewayError("no"), Evidence.FAILED, Again.NEVER))
@@ -75,7 +82,20 @@ def everything() -> list[Metric]:
         *replica_families([replica], 0.0),
         *health_families(witness),
         *process_families(1, 2, 3, 4.0),
+        *admission_metrics(),
     ]
+
+
+def admission_metrics() -> list[Metric]:
+    admission = Admission(settings_for(["http://127.0.0.1:1"]))
+    metrics = admission.gate.metrics
+    limits = LimitSet(requests_per_minute=1)
+    scope = Scope("{t:t}:t", (Rate(Unit.REQUESTS, 1, 1, 1),))
+    plan = Plan((scope,), ("tenant t",), (limits,), None, False, 0.0, "{t:t}")
+    metrics.refusals(plan, Answer(False, 0, (0,), (), (), (Refusal(0, "requests", 1),)))
+    metrics.turned_away("pool", "pool_full")
+    metrics.waited("pool", Band.BATCH, 1.0)
+    return list(metrics.families(admission))
 
 
 def test_requests_are_counted_by_model_route_and_outcome() -> None:
@@ -95,6 +115,17 @@ def test_tokens_and_cost_add_up() -> None:
     assert value(metrics, "tidegate_tokens_total", model="m", kind="cached_prompt") == 12
     assert value(metrics, "tidegate_tokens_total", model="m", kind="completion") == 15
     assert value(metrics, "tidegate_cost_usd_total", model="m") == 0.75
+
+
+def test_the_capacity_of_a_replica_is_shown_as_far_as_it_is_known() -> None:
+    known, half = [Replica(name, "pool", "http://x", "openai") for name in ("known", "half")]
+    known.meter.state(8, 4096)
+    half.meter.state(None, 4096)
+    shown = {family.name: family for family in replica_families([known, half, Replica("r", "p", "http://x", "")], 0.0)}
+    requests = shown["tidegate_replica_capacity_requests"].samples
+    tokens = shown["tidegate_replica_capacity_tokens"].samples
+    assert [(each.labels["replica"], each.value) for each in requests] == [("known", 8)]
+    assert [(each.labels["replica"], each.value) for each in tokens] == [("known", 4096), ("half", 4096)]
 
 
 def test_time_to_first_content_is_only_counted_where_there_was_content() -> None:
@@ -140,7 +171,8 @@ def test_names_begin_with_tidegate_or_process_and_carry_their_unit() -> None:
 
 def test_every_metric_and_label_in_the_source_is_on_the_page_and_the_other_way_round() -> None:
     text = PAGE.read_text()
-    source = "".join([path.read_text() for path in (ROOT / "gateway").rglob("*.py")])
+    files = [path for path in (ROOT / "gateway").rglob("*.py") if "database" not in path.parts]  # names of tables
+    source = "".join([path.read_text() for path in files])
     suffixed = {family.name + ("_total" if family.type == "counter" else "") for family in everything()}
     named = {name for name in NAME.findall(source) if name not in {family.name for family in everything()}} | suffixed
     documented = set(re.findall(r"^\| `((?:tidegate|process)_\w+)`", text, re.MULTILINE))

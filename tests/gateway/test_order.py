@@ -10,6 +10,7 @@ import pytest
 from backends.ticker import Ticker
 from gateway.errors import InvalidRequest, ModelNotFound
 from gateway.fleet import Fleet, build_fleet
+from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.order import CHAT, COMPLETIONS, EMBEDDINGS, Call, Order, read_order
 from tests.support.serving import settings_for
 
@@ -24,7 +25,7 @@ def fleet() -> Fleet:
 
 def order(fields: dict[str, Any], path: str = CHAT, headers: list[tuple[bytes, bytes]] | None = None) -> Order:
     body = json.dumps({"model": "m", **fields}).encode()
-    return read_order(Call(path, headers or [], body, 0.0), fleet(), "req_1")
+    return read_order(Call(path, headers or [], body, 0.0), fleet(), "req_1", Principal(None, ANONYMOUS))
 
 
 def refused(

@@ -17,6 +17,8 @@ def state(name: str = "pool-0", **known: Any) -> dict[str, Any]:
         "region": None,
         "weight": 1.0,
         "max_in_flight": None,
+        "ceiling": None,
+        "capacity": {"requests": None, "tokens": None, "source": None},
         "in_flight": 0,
         "in_flight_bytes": 0,
         "available": known.get("unavailable_reason") is None,

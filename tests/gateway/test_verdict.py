@@ -128,6 +128,15 @@ def test_a_field_of_ours_that_is_refused(status: int, said: str, asked: dict[str
     assert refused_field(reply, {"rid": b'"1"', "model": b'"m"'}, asked) == field
 
 
+def test_a_server_that_schedules_by_no_priorities_is_asked_without() -> None:
+    # vLLM before its first version that ignores them: vllm/v1/engine/processor.py and its predecessors.
+    reply = UpstreamReply(400, [], b'{"message":"Got priority -1 but Priority scheduling is not enabled."}')
+    assert refused_field(reply, {"priority": b"-1"}, {}) == "priority"
+    # SGLang, of a request that was put behind others: no reason to leave the field out.
+    reply = UpstreamReply(503, [], b'{"message":"The request is aborted by a higher priority request."}')
+    assert refused_field(reply, {"priority": b"1"}, {}) is None
+
+
 def test_what_decides_who_answers_is_never_left_out() -> None:
     reply = UpstreamReply(400, [], b"unknown fields: stream, lora, lora_request, routed_dp_rank")
     ours = dict.fromkeys(("stream", "lora", "lora_request", "routed_dp_rank"), b"1")

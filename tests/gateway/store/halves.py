@@ -8,8 +8,13 @@ from typing import Protocol
 
 from gateway.listener import bind_uds
 from gateway.store import MemoryStore, Store
+from gateway.store.redis.address import parse_address
+from gateway.store.redis.client import RedisClient
+from gateway.store.redis.scripts import Script, load, script
+from gateway.store.redis.store import RedisStore
 from gateway.store.remote import RemoteStore
 from gateway.store.server import StoreServer
+from tests.support.redis_server import RedisServer
 
 TOMBSTONES = 4
 """Few, so that readers fall behind within a short test."""
@@ -100,4 +105,42 @@ class Remote:
         await self.start()
 
 
-HALVES: dict[str, Callable[[Path], Half]] = {"memory": Memory, "remote": Remote}
+def on_test_clock(name: str) -> Script:
+    """The script, which takes the time from a key instead of Redis' clock."""
+    given = load(name)
+    return script(name, given.text.replace("redis.call('TIME')", "redis.call('HMGET', 'clock', 's', 'us')"))
+
+
+class Redis:
+    """Each worker has a client of a real Redis."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now_us = 1_800_000_000_000_000
+        self.server = RedisServer()
+        self.opened: list[RedisStore] = []
+
+    async def start(self) -> None:
+        self.server.start()
+        await self.pass_time(0.0)
+
+    async def stop(self) -> None:
+        for store in self.opened:
+            await store.aclose()
+        self.server.close()
+
+    def open(self) -> RedisStore:
+        client = RedisClient(parse_address(self.server.url), timeout_s=10.0)
+        self.opened.append(RedisStore(client, max_tombstones=TOMBSTONES, load=on_test_clock))
+        return self.opened[-1]
+
+    async def pass_time(self, seconds: float) -> None:
+        self.now_us += round(seconds * 1_000_000)
+        seconds_now, us_now = divmod(self.now_us, 1_000_000)
+        self.server.command("HSET", "clock", "s", seconds_now, "us", us_now)
+
+    async def restart(self) -> None:
+        self.server.restart()
+        await self.pass_time(0.0)
+
+
+HALVES: dict[str, Callable[[Path], Half]] = {"memory": Memory, "remote": Remote, "redis": Redis}

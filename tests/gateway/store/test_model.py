@@ -126,7 +126,7 @@ class StoreBesideModel(RuleBasedStateMachine):
             reader.other_life = True
 
 
-@pytest.mark.parametrize(("name", "examples"), [("memory", 200), ("remote", 40)])
+@pytest.mark.parametrize(("name", "examples"), [("memory", 200), ("remote", 40), ("redis", 40)])
 def test_any_sequence_of_operations_agrees_with_the_model(name: str, examples: int) -> None:
     machine = type("Machine", (StoreBesideModel,), {"half_name": name})
     run_state_machine_as_test(

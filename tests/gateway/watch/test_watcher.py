@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad, Readiness
+from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad, Priority, Readiness
 from backends.side import SideChannel, Trouble
 from backends.upstream import Upstream
+from gateway.admission.opening import Admission
 from gateway.config import Settings
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics
@@ -23,6 +24,7 @@ from gateway.store import MemoryStore, Store
 from gateway.watch import notes
 from gateway.watch.patrol import has_progressed, prefill_speed
 from gateway.watch.watcher import Watcher
+from routing.capacity import Capacity
 from routing.health import Change, Credential
 from routing.policies import LeastOutstanding
 from routing.types import Replica
@@ -58,7 +60,9 @@ class Worker:
 
 @asynccontextmanager
 async def worker(chosen: Settings, dialects: list[Scripted], store: Store | None = None) -> AsyncIterator[Worker]:
-    runtime = Runtime(chosen, LeastOutstanding(Random(7)), Metrics(), Ledger(None), store=store)
+    runtime = Runtime(
+        chosen, LeastOutstanding(Random(7)), Metrics(), Ledger(None), admission=Admission(chosen, store=store)
+    )
     for upstream, dialect in zip(runtime.fleet.upstreams(), dialects, strict=True):
         upstream.dialect = dialect
     watcher = Watcher(runtime, Random(7))
@@ -96,6 +100,51 @@ async def test_what_an_engine_says_of_itself_is_known() -> None:
         assert one.replica.epoch == "one"
         assert one.upstreams[0].info == engine.told
         assert "probe served" in engine.asked
+
+
+async def test_what_an_engine_takes_at_once_is_what_it_states_or_what_is_seen_of_it() -> None:
+    engine = Scripted(
+        told=EngineInfo(epoch="one", max_running=64, kv_capacity_tokens=32768, priority=Priority.LOWER_FIRST),
+        loads=[EngineLoad(running=3, waiting=0)],
+    )
+    async with worker(settings(), [engine]) as one:
+        await until(lambda: one.replica.meter.capacity.requests)
+        assert one.replica.meter.capacity == Capacity(64, 32768, "stated")
+        assert one.upstreams[0].info == engine.told
+        engine.loads = [EngineLoad(running=40, waiting=5)]
+        await until(lambda: one.replica.meter.capacity == Capacity(40, 32768, "measured"))
+        engine.loads = [EngineLoad(running=6, max_running=8, waiting=0, kv_capacity_tokens=4096)]
+        await until(lambda: one.replica.meter.capacity == Capacity(8, 4096, "stated"))
+
+
+async def test_every_worker_counts_with_the_same_capacity() -> None:
+    store = Shared()
+    engine = Scripted(loads=[EngineLoad(running=5, waiting=5)])
+    async with worker(settings(), [engine], store) as one, worker(settings(), [Scripted()], store) as other:
+        for each in (one, other):
+            await until(lambda each=each: each.replica.meter.capacity.requests == 5)  # type: ignore[misc]
+
+
+async def test_in_another_life_an_engine_has_the_size_that_it_states_then() -> None:
+    engine = Scripted(told=EngineInfo(epoch="one", max_running=64, kv_capacity_tokens=100), loads=[EngineLoad()])
+    async with worker(settings(), [engine]) as one:
+        await until(lambda: one.replica.meter.capacity.requests == 64)
+        engine.told = EngineInfo(epoch="two", max_running=16)
+        engine.readiness = Readiness.NOT_READY
+        await until(lambda: not one.replica.available(time.monotonic()))
+        engine.readiness = Readiness.READY
+        await until(lambda: one.replica.meter.capacity == Capacity(16, None, "stated"))
+
+
+async def test_a_replica_that_is_one_rank_has_its_part_of_what_the_engine_states() -> None:
+    replicas = [{"url": "http://127.0.0.1:1", "dp_rank": rank} for rank in range(2)]
+    told = EngineInfo(epoch="one", max_running=8, kv_capacity_tokens=65536, dp_size=2)
+    chosen = settings(engine="sglang", replicas=replicas)
+    async with worker(chosen, [Scripted(told=told), Scripted(told=told)]) as one:
+        for upstream in one.upstreams:
+            await until(
+                lambda upstream=upstream: upstream.replica.meter.capacity == Capacity(4, 32768, "stated")  # type: ignore[misc]
+            )
 
 
 async def test_of_several_workers_one_asks_and_all_know() -> None:

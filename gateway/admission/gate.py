@@ -1,0 +1,325 @@
+"""Who may come in, what is reserved for them, and when it is their turn: the part of the path between the body and the
+choice of a replica, and its settlement at the end.
+
+    identify   who calls                                         memory only
+    visit      what limits apply, what the request will take     memory only
+    enter      reserve and get a place, or wait for one          memory, or one round trip to Redis
+    leave      settle with what was really used                  memory, or told to Redis with nobody waiting
+
+A request without limits, keys or a queue in its way has no visit at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+
+from gateway.admission.home import RENEW_EVERY_S, Home, Mode
+from gateway.admission.metrics import AdmissionMetrics
+from gateway.admission.refusals import QueueFull, QueueTimeout
+from gateway.admission.rooms import Rooms
+from gateway.admission.settlement import settlement
+from gateway.admission.spend import SpendKeeper
+from gateway.admission.visit import Visit
+from gateway.admission.waits import longest_wait_s
+from gateway.config import Settings
+from gateway.errors import GatewayError
+from gateway.keys.directory import Directory
+from gateway.keys.principal import Principal
+from gateway.limits.errors import refusal_error
+from gateway.limits.estimate import Estimate, Estimator
+from gateway.limits.headers import ratelimit_headers
+from gateway.limits.plan import Plan, Planner
+from gateway.order import EMBEDDINGS, Order
+from gateway.record import Exchange
+from gateway.relay import Relay
+from gateway.reply import Headers
+from gateway.store.limits import Cost
+from gateway.store.places import State, Ticket
+
+logger = logging.getLogger(__name__)
+
+_LOOK_AGAIN_S = 0.02
+_AFTER_FAILURE_S = 0.1
+
+
+class Gate:
+    """One worker's. `directory` is None where nobody has to show a key."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        home: Home,
+        *,
+        directory: Directory | None,
+        anonymous: Principal,
+        planner: Planner,
+        estimator: Estimator,
+        spend: SpendKeeper,
+        metrics: AdmissionMetrics,
+        queues: bool,
+    ) -> None:
+        self.directory = directory
+        self.home = home
+        self.planner = planner
+        self.estimator = estimator
+        self.spend = spend
+        self.metrics = metrics
+        self.rooms = Rooms(queues=queues, shared=home.far is not None)
+        self.visits: dict[str, Visit] = {}
+        """Everybody inside or waiting, by request id."""
+        self.waiting = 0
+        self.settings = settings
+        self._anonymous = anonymous
+        self._standing: dict[Mode, Headers] = {
+            mode: [(b"x-tidegate-queue-ms", b"0"), (b"x-tidegate-store", mode.value.encode())] for mode in Mode
+        }
+
+    @property
+    def standing(self) -> Headers:
+        """What every reply says of admission when nothing applied to its request."""
+        return self._standing[self.home.mode]
+
+    def identify(self, headers: list[tuple[bytes, bytes]]) -> Principal:
+        """Raises `Unauthenticated` and `KeysUnavailable`."""
+        return self._anonymous if self.directory is None else self.directory.authenticate(headers, time.time())
+
+    def counts_long(self, order: Order) -> bool:
+        """Whether counting the prompt's tokens would hold up the event loop: an exact tokeniser and a long prompt."""
+        return self.estimator.needs_thread(order.route.model, len(order.body.raw))
+
+    async def count(self, principal: Principal, order: Order) -> Estimate:
+        """The estimate of a long prompt, made in a thread."""
+        plan = self.planner.plan(principal, order.route.model, time.time())
+        return await asyncio.to_thread(self._estimate, principal, order, plan)
+
+    def _estimate(self, principal: Principal, order: Order, plan: Plan) -> Estimate:
+        key = principal.key
+        return self.estimator.estimate(
+            order.body.fields,
+            order.path,
+            len(order.body.raw),
+            order.request.max_output_tokens,
+            order.expected_choices,
+            order.route.model,
+            principal.key_id,
+            plan.hard,
+            None if key is None else key.max_output_tokens,
+        )
+
+    def visit(
+        self,
+        principal: Principal,
+        order: Order,
+        exchange: Exchange,
+        estimate: Estimate | None = None,
+        id: str = "",
+    ) -> Visit | None:
+        """What this request has to reserve; None when nothing limits it and nobody queues for its pool.
+
+        `estimate`: what `count` has found, if it was asked. `id` is what the store knows the request by, its own unless
+        it is given.
+        """
+        route = order.route
+        now_unix_s = time.time()
+        room = self.rooms.room(route.pool, time.monotonic())
+        plan = self.planner.plan(principal, route.model, now_unix_s)
+        if plan.user is not None and order.user:
+            plan = self.planner.with_user(plan, order.user, now_unix_s)
+        if not plan.scopes and room is None:
+            return None
+        if estimate is None:
+            estimate = self._estimate(principal, order, plan)
+        micros = 0
+        price = route.price
+        if price is not None:
+            micros = round(estimate.input * price.input + estimate.output * price.output)
+        exchange.max_tokens_set = estimate.max_tokens
+        reserved = Cost(1, estimate.input, estimate.output, estimate.total, micros)
+        visit = Visit(id or order.request.id, order, principal, exchange, plan, estimate, reserved)
+        if room is not None:
+            visit.pool = route.pool.name
+            visit.room = room
+            visit.max_wait_s = longest_wait_s(
+                order,
+                route.pool.settings.queue,
+                self.metrics.ttft_s(route.model),
+                time.monotonic() - exchange.started_at,
+            )
+            visit.ticket = Ticket(
+                visit.id,
+                self.home.gateway,
+                principal.tenant.name,
+                principal.tenant.weight,
+                order.band,
+                max(1, estimate.input + 2 * estimate.output),
+                estimate.input + estimate.output,
+                int(visit.max_wait_s * 1_000_000),
+            )
+        return visit
+
+    async def enter(self, visit: Visit, relay: Relay) -> None:
+        """Reserve and get a place; waits for one if it must. Raises `RateLimited` and the like, having kept nothing."""
+        exchange = visit.exchange
+        visit.entered_at = now = time.monotonic()
+        visit.lease_due_at = now + RENEW_EVERY_S
+        self.visits[visit.id] = visit
+        if visit.plan.has_budgets and self.spend.book.unknown(visit.scopes):
+            await self._learn_budgets(visit)
+        home = self.home
+        if home.mode is not Mode.REDIS or not await home.admit_far(visit):
+            home.admit_near(visit)
+        admission = visit.admission
+        if admission is not None:
+            headers = [*self.standing, *ratelimit_headers(visit.plan, admission)]
+            if exchange.max_tokens_set is not None:
+                headers.append((b"x-tidegate-max-tokens", b"%d" % exchange.max_tokens_set))
+            exchange.admission_headers = headers
+            if admission.refusals:
+                self.metrics.refusals(visit.plan, admission)
+            if not admission.admitted:
+                raise refusal_error(visit.plan, admission, visit.reserved)
+        entry = visit.entry
+        if entry is None or visit.granted:
+            return
+        if entry.state is State.REFUSED:
+            self.metrics.turned_away(visit.pool, entry.reason)
+            raise QueueFull(entry)
+        await self._wait(visit, relay)
+
+    async def move(self, visit: Visit, order: Order, relay: Relay) -> Visit | None:
+        """Go on at another pool or model: the first place and reservation are given back as if they had never been, and
+        others taken within what is left of the same deadline and at the other model's price.
+
+        Raises what `enter` does, holding nothing.
+        """
+        visit.left = True
+        self.visits.pop(visit.id, None)
+        self.home.give_back(visit, None, None)
+        base, _, number = visit.id.partition("~")
+        other = self.visit(visit.principal, order, visit.exchange, visit.estimate, f"{base}~{int(number or 1) + 1}")
+        if other is not None:
+            await self.enter(other, relay)
+        return other
+
+    async def wait_for_replica(self, visit: Visit) -> bool:
+        """Wait a moment for a replica that this request may use: those that have room are not for it.
+
+        The pool has room, but in another region, say, or without its adapter. False: it has waited long enough.
+        """
+        if visit.ticket is None or time.monotonic() - visit.entered_at >= visit.max_wait_s:
+            return False
+        await asyncio.sleep(_LOOK_AGAIN_S)
+        visit.exchange.queue_s = time.monotonic() - visit.entered_at
+        return True
+
+    async def _learn_budgets(self, visit: Visit) -> None:
+        """The first request that a budget meets here goes on from the spend of record."""
+        await self.spend.learn(visit.scopes)
+        now_unix_s = time.time()
+        plan = self.planner.plan(visit.principal, visit.order.route.model, now_unix_s)
+        visit.plan = self.planner.with_user(plan, visit.order.user, now_unix_s)
+        visit.scopes = visit.plan.scopes
+
+    async def _wait(self, visit: Visit, relay: Relay) -> None:
+        """Stand in line. Whoever grants the place resolves the future; the client's leaving cancels this."""
+        entry, exchange = visit.entry, visit.exchange
+        assert entry is not None
+        exchange.queue_position = entry.position
+        exchange.predicted_wait_s = entry.wait_us / 1e6
+        if exchange.stream:
+            relay.headers = self._headers_of_waiting(exchange)
+        visit.waiter = asyncio.get_running_loop().create_future()
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(visit.max_wait_s):
+                await visit.waiter
+        except TimeoutError:
+            self.metrics.turned_away(visit.pool, "timeout")
+            raise QueueTimeout(visit.max_wait_s) from None
+        finally:
+            self.waiting -= 1
+            visit.waiter = None
+            exchange.queue_s = time.monotonic() - visit.entered_at
+            self.metrics.waited(visit.pool, visit.order.band, exchange.queue_s)
+            exchange.admission_headers = self._headers_after_wait(exchange)
+
+    def _headers_of_waiting(self, exchange: Exchange) -> Headers:
+        """The head of a stream that has to begin, to be kept open, while its request still waits."""
+        return [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"x-request-id", exchange.request_id.encode()),
+            *(pair for pair in exchange.admission_headers if pair[0] != b"x-tidegate-queue-ms"),
+            (b"x-tidegate-queue-position", b"%d" % exchange.queue_position),
+            (b"x-tidegate-predicted-wait-ms", b"%d" % (exchange.predicted_wait_s * 1000)),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+
+    def _headers_after_wait(self, exchange: Exchange) -> Headers:
+        headers = [pair for pair in exchange.admission_headers if pair[0] != b"x-tidegate-queue-ms"]
+        headers.append((b"x-tidegate-queue-ms", b"%d" % (exchange.queue_s * 1000)))
+        headers.append((b"x-tidegate-queue-position", b"%d" % exchange.queue_position))
+        headers.append((b"x-tidegate-predicted-wait-ms", b"%d" % (exchange.predicted_wait_s * 1000)))
+        return headers
+
+    def granted(self, pool: str, id: str) -> None:
+        """A request has its place: one of ours that waited, or one that has just gone."""
+        visit = self.visits.get(id)
+        if visit is None or visit.pool != pool:
+            return
+        visit.granted = True
+        visit.lease_due_at = 0.0  # a place for one that waited has to be confirmed
+        if visit.waiter is not None and not visit.waiter.done():
+            visit.waiter.set_result(None)
+
+    def leave(self, visit: Visit, exchange: Exchange) -> None:
+        """Settle with what was used, and make room. Synchronous; nothing waits for Redis."""
+        if visit.left:
+            return
+        visit.left = True
+        self.visits.pop(visit.id, None)
+        settled = settlement(visit, exchange)
+        if settled is None:
+            self.home.give_back(visit, None, None)
+            return
+        self.home.give_back(visit, settled.used, settled.work)
+        usage = exchange.usage
+        if usage is not None and not exchange.usage_estimated and visit.order.path != EMBEDDINGS:
+            self.estimator.learn(
+                visit.order.route.model, exchange.key_id, visit.estimate.chars, usage, visit.order.expected_choices
+            )
+        if exchange.ttft_s is not None:
+            self.metrics.answered(visit.order.route.model, exchange.ttft_s - exchange.queue_s)
+        self.metrics.estimated += exchange.usage_estimated
+        if settled.used.micros:
+            self.spend.spent(visit.plan, settled.used.micros, time.time())
+
+    def reload(self, settings: Settings, anonymous: Principal) -> None:
+        """Go by these limits for new requests; those inside are settled by what they were admitted with."""
+        self.settings = settings
+        self._anonymous = anonymous
+        self.planner.reload(settings)
+
+    def interrupt_all(self, error: GatewayError) -> None:
+        """End the waiting of everybody in line."""
+        for visit in self.visits.values():
+            if visit.waiter is not None and not visit.waiter.done():
+                visit.waiter.set_exception(error)
+
+    def store_changed(self, available: bool) -> None:
+        """Redis went away, or came back."""
+        self.home.changed(available, list(self.visits.values()))
+
+    async def keep(self, stop: asyncio.Event, every_s: float = 1.0) -> None:
+        """Signs of life and renewals, until stopped. One that fails is soon followed by another: those that wait are to
+        know quickly whether Redis is away."""
+        while not stop.is_set():
+            heard = await self.home.beat(list(self.visits.values()), time.monotonic())
+            await asyncio.sleep(every_s if heard or self.home.mode is Mode.LOCAL else _AFTER_FAILURE_S)
+
+    def in_line(self) -> Iterable[Visit]:
+        """Those that wait, for the dashboard."""
+        return [visit for visit in self.visits.values() if visit.waiter is not None]

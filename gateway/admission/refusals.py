@@ -1,0 +1,42 @@
+"""What a client is told whom the queue turns away."""
+
+from __future__ import annotations
+
+from gateway.errors import GatewayError
+from gateway.record import Outcome
+from gateway.store.places import Entry
+
+_REASONS = {
+    "tenant_full": "Too many requests of this tenant are waiting already.",
+    "pool_full": "Too many requests are waiting already.",
+    "too_late": "The request could not be served in time.",
+    "left": "The request was withdrawn.",
+}
+
+
+class QueueFull(GatewayError):
+    """Turned away at once: with 429 where the tenant's own waiting requests are the reason, else with 503."""
+
+    status = 503
+    code = "overloaded"
+    outcome = Outcome.UNAVAILABLE
+
+    def __init__(self, entry: Entry) -> None:
+        wait_s = entry.wait_us / 1e6
+        predicted = f" The predicted wait is {wait_s:.1f} s." if entry.wait_us else ""
+        super().__init__(_REASONS.get(entry.reason, "There is no room.") + predicted, retry_after_s=max(1.0, wait_s))
+        if entry.reason == "tenant_full":
+            self.status = 429
+            self.code = "queue_full"
+            self.type = "requests"
+
+
+class QueueTimeout(GatewayError):
+    """Waited as long as its deadline allows."""
+
+    status = 503
+    code = "queue_timeout"
+    outcome = Outcome.UNAVAILABLE
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(f"No place became free within {waited_s:.1f} s.", retry_after_s=1.0)

@@ -1,0 +1,43 @@
+"""What a request really used, as far as anybody can tell, for the limits and the bill."""
+
+from __future__ import annotations
+
+import msgspec
+
+from backends.usage import Usage
+from gateway import usage as pricing
+from gateway.admission.visit import Visit
+from gateway.record import Exchange, Outcome
+from gateway.store.limits import Cost
+
+_NOTHING_USED = frozenset({Outcome.REJECTED, Outcome.UPSTREAM_REJECTED, Outcome.UNAVAILABLE, Outcome.UPSTREAM_ERROR})
+"""No model has worked for the caller, or not to any use that can be charged for."""
+
+
+class Settlement(msgspec.Struct, frozen=True):
+    used: Cost
+    work: int
+    """In VTC's units, for the tenant's turn in the queue."""
+
+
+def settlement(visit: Visit, exchange: Exchange) -> Settlement | None:
+    """None: as if the request had never been, since it was turned away before anything was sent.
+
+    Without a usage report (the client left, the stream broke) the prompt is charged as estimated and the output by the
+    content events that were relayed, one token each, which is what engines send; the record says that it is an
+    estimate. A request that failed without content is counted, and charged no tokens.
+    """
+    if exchange.attempts == 0:
+        return None
+    usage = exchange.usage
+    if usage is None and exchange.outcome not in _NOTHING_USED and (exchange.dispatched_at is not None):
+        usage = Usage(visit.estimate.input, exchange.content_events, None)
+        exchange.usage = usage
+        exchange.usage_estimated = True
+    if usage is None:
+        return Settlement(Cost(), 0)
+    if exchange.price is not None and exchange.cost_usd is None:
+        exchange.cost_usd = pricing.cost_usd(usage, exchange.price)
+    micros = 0 if exchange.cost_usd is None else round(exchange.cost_usd * 1_000_000)
+    prompt, output = usage.prompt_tokens, usage.completion_tokens
+    return Settlement(Cost(1, prompt, output, prompt + output, micros), prompt + 2 * output)

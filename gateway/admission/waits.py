@@ -1,0 +1,27 @@
+"""How long a request may stand in line."""
+
+from __future__ import annotations
+
+from gateway.config.limits import Queue
+from gateway.order import Order
+
+SHARE_OF_DEADLINE = 0.25
+"""What is waited for of the time there is; the rest is for the answer."""
+
+
+def longest_wait_s(order: Order, queue: Queue, ttft_s: float, spent_s: float) -> float:
+    """Seconds in line, at most: what is left of the deadline after `spent_s` and a usual time to first token, a quarter
+    of the deadline, and the pool's `max_wait_s`, whichever is least. Flexible requests (`service_tier: flex`) wait as
+    long as the first allows.
+
+    The deadline is the header's, else the key's, and never later than the model's `total_s`. Of a request without
+    streaming the client's own read time-out counts as well, since nothing reaches it before the answer is whole; a
+    stream is kept open by heartbeats.
+    """
+    deadline_s = order.total_s
+    if order.read_timeout_s is not None and not order.request.stream:
+        deadline_s = min(deadline_s, order.read_timeout_s)
+    left_s = max(0.0, deadline_s - spent_s - ttft_s)
+    if order.flexible:
+        return left_s
+    return min(left_s, max(0.0, deadline_s * SHARE_OF_DEADLINE - spent_s), queue.max_wait_s)
