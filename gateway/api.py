@@ -16,6 +16,7 @@ from gateway.edges.asgi import InferenceEndpoint
 from gateway.error_replies import ERROR_HANDLERS
 from gateway.errors import ModelNotFound
 from gateway.fleet import ModelRoute
+from gateway.keys.directory import Freshness
 from gateway.keys.principal import may_use
 from gateway.order import INFERENCE_PATHS
 from gateway.runtime import Runtime
@@ -107,6 +108,9 @@ class _Api:
         runtime = self._runtime
         if runtime.draining:
             return _json({"status": "draining"}, 503)
+        directory = runtime.gate.directory
+        if directory is not None and directory.freshness is Freshness.STALE:
+            return _json({"status": "keys_unavailable"}, 503)
         now = time.monotonic()
         pools = runtime.fleet.pools.values()
         without = sorted(pool.name for pool in pools if not any(_may_serve(each, now) for each in pool.replicas))

@@ -195,14 +195,22 @@ class Gate:
 
         Raises what `enter` does, holding nothing.
         """
-        visit.left = True
-        self.visits.pop(visit.id, None)
-        self.home.give_back(visit, None, None)
+        self._undo(visit)
         base, _, number = visit.id.partition("~")
         other = self.visit(visit.principal, order, visit.exchange, visit.estimate, f"{base}~{int(number or 1) + 1}")
         if other is not None:
-            await self.enter(other, relay)
+            try:
+                await self.enter(other, relay)
+            except BaseException:
+                self._undo(other)
+                raise
         return other
+
+    def _undo(self, visit: Visit) -> None:
+        """As if it had never been."""
+        visit.left = True
+        self.visits.pop(visit.id, None)
+        self.home.give_back(visit, None, None)
 
     async def wait_for_replica(self, visit: Visit) -> bool:
         """Wait a moment for a replica that this request may use: those that have room are not for it.
@@ -317,7 +325,11 @@ class Gate:
         """Signs of life and renewals, until stopped. One that fails is soon followed by another: those that wait are to
         know quickly whether Redis is away."""
         while not stop.is_set():
-            heard = await self.home.beat(list(self.visits.values()), time.monotonic())
+            heard = True
+            try:
+                heard = await self.home.beat(list(self.visits.values()), time.monotonic())
+            except Exception:
+                logger.exception("the gate's housekeeping failed; it goes on in a second")
             await asyncio.sleep(every_s if heard or self.home.mode is Mode.LOCAL else _AFTER_FAILURE_S)
 
     def in_line(self) -> Iterable[Visit]:

@@ -44,6 +44,8 @@ LEASE_US = 30_000_000
 RENEW_EVERY_S = 10.0
 BEAT_S = 1.0
 """How often a gateway tells Redis that it is there; those that wait at one that is silent for three are passed over."""
+RENEWED_AT_ONCE = 100
+"""Places in one call: about 0.4 ms of Redis' time."""
 MAX_UNTOLD = 20_000
 """Settlements kept for Redis. Beyond it the oldest are dropped: their tokens stay charged, their leases run out."""
 
@@ -306,7 +308,9 @@ class Home:
             visit.place_far = True
         room = members[-1].room
         assert room is not None
-        renewal = await far.places.renew(pool, self.gateway, tickets, list(waiting), room)
+        for first in range(RENEWED_AT_ONCE, len(tickets), RENEWED_AT_ONCE):
+            await far.places.renew(pool, self.gateway, tickets[first : first + RENEWED_AT_ONCE], (), room)
+        renewal = await far.places.renew(pool, self.gateway, tickets[:RENEWED_AT_ONCE], list(waiting), room)
         for id in renewal.granted:
             self._on_grant(pool, id)
         for id in renewal.lost:

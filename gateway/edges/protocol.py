@@ -208,6 +208,9 @@ class GatewayProtocol(HttpToolsProtocol):
             self._stop(self._body_too_large())
         if len(self._open) > _MAX_PIPELINED:
             self._stop(InvalidRequest("Too many pipelined requests.", code="too_many_requests"))
+        chunked = length == 0 and any(name == b"transfer-encoding" for name, _ in self.headers)
+        if chunked or length > _FIRST_TAKE_BYTES:
+            self._know_who_sends_it()
         self._take_budget(min(length, _FIRST_TAKE_BYTES))
         self.expires_at = time.monotonic() + self.limits.body_timeout_s
         path = _HOT_PATHS.get(self.url)
@@ -231,6 +234,13 @@ class GatewayProtocol(HttpToolsProtocol):
         self.headers = []
         if self.expect_100_continue and version != "1.0":  # which knows no interim responses
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _know_who_sends_it(self) -> None:
+        """A body that may be large is only taken from a caller who is known: others could fill the byte budget."""
+        try:
+            self.runtime.gate.identify(self.headers)
+        except GatewayError as problem:
+            self._stop(problem)
 
     def _to_asgi(self) -> None:
         """Hand the request to uvicorn, which starts on a message and ends on the headers being complete."""

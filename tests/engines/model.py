@@ -22,7 +22,7 @@ from typing import Any
 import gguf  # type: ignore[import-not-found]
 import torch  # type: ignore[import-not-found]
 from safetensors.torch import save_file  # type: ignore[import-not-found]
-from tokenizers import (  # type: ignore[import-not-found]
+from tokenizers import (
     Regex,
     Tokenizer,
     decoders,

@@ -225,3 +225,19 @@ async def test_a_burst_of_clients_gets_exactly_the_burst_through(tmp_path: Path,
             passed = sum(reply.status == 200 for reply in replies)
             assert 20 <= passed <= 20 + int(took_s) + 1
             assert len(engine.requests) == passed
+
+
+@pytest.mark.parametrize("edge", ["protocol", "asgi"])
+@pytest.mark.parametrize("framing", ["content-length: 1000000", "transfer-encoding: chunked"])
+async def test_a_large_body_is_not_taken_from_somebody_unknown(tmp_path: Path, edge: str, framing: str) -> None:
+    async with (
+        FakeEngine() as engine,
+        admitting(keyed(tmp_path, [engine.url], server={"edge": edge})) as gate,
+        connect(gate.host, gate.port) as client,
+    ):
+        await client.send(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\n{bearer(OTHER)}\r\n{framing}\r\n\r\n".encode())
+        refused = await client.reply()  # though nothing of the body was sent
+        assert (refused.status, refused.json["error"]["code"]) == (401, "invalid_api_key")
+        assert gate.runtime.body_budget.used_bytes == 0
+        answered = await ask(gate, body(padding="x" * 100_000), CHAT, bearer())
+        assert answered.status == 200
