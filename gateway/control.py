@@ -24,6 +24,7 @@ class Begin:
 
     parent_pid: int
     settings: Settings
+    workers: int
     store_path: str | None
     """The socket of the store that all workers share; None where that is a Redis."""
 

@@ -21,6 +21,7 @@ from backends.upstream import Upstream
 from gateway import usage
 from gateway.admission.visit import Visit
 from gateway.attempts import MAX_ATTEMPTS, Attempts
+from gateway.bounds import bounding
 from gateway.errors import (
     Draining,
     GatewayError,
@@ -32,7 +33,7 @@ from gateway.errors import (
     UpstreamTimeout,
 )
 from gateway.keys.records import PRIORITY_CLASSES
-from gateway.order import CHAT, EMBEDDINGS, Call, Order, read_order
+from gateway.order import EMBEDDINGS, Call, Order, read_order
 from gateway.record import Exchange, Outcome
 from gateway.relay import Relay, UpstreamReply
 from gateway.reply import Headers, Reply
@@ -45,8 +46,6 @@ from routing.types import Decision, Replica
 logger = logging.getLogger(__name__)
 
 _EVENT_STREAM: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-_CHAT_OUTPUT_BOUND = {"openai": "max_completion_tokens", "azure": "max_completion_tokens"}
-"""What bounds the output of those that refuse `max_tokens` for their newer models."""
 POOL_WAIT_S = 1.0
 """How long to wait for a free connection to a replica that has as many as it may."""
 
@@ -67,10 +66,13 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
         counted = await gate.count(caller, order) if gate.counts_long(order) else None
         visit = gate.visit(caller, order, exchange, counted)
         relay = _relay(order, exchange, reply, runtime)
-        with runtime.relaying(relay):
+        runtime.open_relay(relay)
+        try:
             if visit is not None:
                 await gate.enter(visit, relay)
             await _answer(call, order, relay, reply, visit, runtime)
+        finally:
+            runtime.close_relay(relay)
     except GatewayError as error:
         _refuse(error, relay, reply, exchange)
     except asyncio.CancelledError:
@@ -100,9 +102,10 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
             decision = runtime.policy.decide(order.request, pool.replicas, now, story.tried)
             replica = decision.replica
             if replica is None or story.counted >= MAX_ATTEMPTS:
-                full = replica is None and _some_are_full(decision)
-                if full and visit is not None and await runtime.gate.wait_for_replica(visit):
-                    continue
+                if visit is not None and replica is None and _some_are_full(decision):
+                    fits = partial(_fits, order, story, runtime)
+                    if await runtime.gate.wait_for_replica(visit, relay, fits):
+                        continue
                 raise story.error or _none_left(decision)
             upstream = pool.upstreams[replica]
             with replica.reserve(order.request):
@@ -110,7 +113,15 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
                 _note_choice(exchange, replica, decision)
                 if exchange.stream:
                     relay.headers = _headers(exchange, _EVENT_STREAM)
-                whole, verdict = await _attempt(call, order, relay, upstream, runtime)
+                whole: UpstreamReply | None = None
+                verdict: Verdict | None = None
+                try:
+                    whole = await _ask(call, order, relay, upstream, runtime)
+                except (UpstreamError, SideChannelError, Untranslatable, GatewayError) as error:
+                    verdict = _verdict_on(error, upstream)
+                else:
+                    if whole is not None:
+                        verdict = _verdict_of(whole, call, upstream)
             if verdict is None:
                 if whole is None:
                     reply.finish()
@@ -128,31 +139,30 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
         story.close()
 
 
-async def _attempt(
-    call: Call, order: Order, relay: Relay, upstream: Upstream, runtime: Runtime
-) -> tuple[UpstreamReply | None, Verdict | None]:
-    """One replica's answer, or the verdict on why there is none."""
-    try:
-        whole = await _ask(call, order, relay, upstream, runtime)
-    except UpstreamError as error:
-        return None, of_connection(error, upstream.hosted)
-    except SideChannelError as error:
-        return None, of_question(error)
-    except Untranslatable as error:
-        # An engine of another kind in the same pool may have the words.
-        refused = InvalidRequest(str(error), param=error.param, code="unsupported_parameter")
-        return None, Verdict(refused, None, Again.UNCOUNTED)
-    except GatewayError as error:
-        return None, of_relay(error, upstream)
-    if whole is not None:
-        if not whole.answers:
-            return None, of_reply(whole, upstream)
-        if call.path != EMBEDDINGS:
-            whole.tree = usage.parsed(whole.body)
-            said = error_in_answer(whole.tree, whole.body)
-            if said is not None:
-                return None, of_relay(said, upstream)
-    return whole, None
+def _verdict_on(error: Exception, upstream: Upstream) -> Verdict:
+    """Why there is no answer from this replica."""
+    if isinstance(error, UpstreamError):
+        return of_connection(error, upstream.hosted)
+    if isinstance(error, SideChannelError):
+        return of_question(error)
+    if isinstance(error, GatewayError):
+        return of_relay(error, upstream)
+    assert isinstance(error, Untranslatable)
+    # An engine of another kind in the same pool may have the words.
+    refused = InvalidRequest(str(error), param=error.param, code="unsupported_parameter")
+    return Verdict(refused, None, Again.UNCOUNTED)
+
+
+def _verdict_of(whole: UpstreamReply, call: Call, upstream: Upstream) -> Verdict | None:
+    """What is wrong with a whole answer; None: nothing."""
+    if not whole.answers:
+        return of_reply(whole, upstream)
+    if call.path != EMBEDDINGS:
+        whole.tree = usage.parsed(whole.body)
+        said = error_in_answer(whole.tree, whole.body)
+        if said is not None:
+            return of_relay(said, upstream)
+    return None
 
 
 async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runtime: Runtime) -> UpstreamReply | None:
@@ -167,7 +177,9 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
     bound = relay.exchange.max_tokens_set
     wish = Wish(
         path=call.path,
-        fields=order.body.fields if bound is None else {**order.body.fields, "max_tokens": bound},
+        fields=order.body.fields
+        if bound is None
+        else {**order.body.fields, **bounding(call.path, order.body.fields, bound, "")},
         # An engine may still hold the id of an attempt that was given up, and an abort may still be on its way to it.
         request_id=order.request.id if relay.exchange.attempts == 1 else runtime.new_request_id(),
         stream=order.request.stream,
@@ -184,8 +196,8 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
         prepared = dialect.prepare(wish)
         values = prepared.values
         if bound is not None:
-            name = _CHAT_OUTPUT_BOUND.get(dialect.name, "max_tokens") if call.path == CHAT else "max_tokens"
-            values[name] = b"%d" % bound
+            for name in bounding(call.path, order.body.fields, bound, dialect.name):
+                values[name] = b"%d" % bound
         if left_out or upstream.signals.refused_fields:
             for name in (*upstream.signals.refused_fields, *left_out):
                 values.pop(name, None)
@@ -222,6 +234,12 @@ async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Conn
             return await upstream.pool.acquire(POOL_WAIT_S, connect_timeout_s=order.route.connect_s)
     except TimeoutError as error:
         raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.") from error
+
+
+def _fits(order: Order, story: Attempts, runtime: Runtime) -> bool:
+    """Whether some replica could take the request now."""
+    replicas = order.route.pool.replicas
+    return runtime.policy.decide(order.request, replicas, time.monotonic(), story.tried).replica is not None
 
 
 def _some_are_full(decision: Decision) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from gateway.body import Body, parse
+from gateway.bounds import CHAT, COMPLETIONS, asked_choices, asked_output
 from gateway.errors import InvalidRequest, ModelNotFound
 from gateway.fleet import Fleet, ModelRoute
 from gateway.keys.principal import Principal, allowed_regions, authorise
@@ -20,8 +21,6 @@ from gateway.limits.classes import band_of, urgency, waits_long
 from gateway.store.places import Band
 from routing.types import InferenceRequest
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
 INFERENCE_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
 
@@ -96,7 +95,7 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
     if key is not None and key.regions:
         regions = allowed_regions(caller, regions)
     tier = fields.get("service_tier")
-    max_output_tokens = _max_tokens(fields, key)
+    max_output_tokens = _max_tokens(call.path, fields, key)
     request = InferenceRequest(
         id=request_id,
         model=route.name,
@@ -114,7 +113,7 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
         request,
         route,
         body,
-        _expected_choices(call.path, fields),
+        asked_choices(call.path, fields),
         hide_usage,
         total_s,
         passed_on,
@@ -197,30 +196,13 @@ def _user(fields: Mapping[str, Any]) -> str:
     return ""
 
 
-def _max_tokens(fields: Mapping[str, Any], key: KeyRecord | None) -> int | None:
+def _max_tokens(path: str, fields: Mapping[str, Any], key: KeyRecord | None) -> int | None:
     """The output that is asked for. Raises `InvalidRequest` when it is more than the caller's key allows."""
-    cap = None if key is None else key.max_output_tokens
-    for name in ("max_completion_tokens", "max_tokens"):
-        value = fields.get(name)
-        if type(value) is int:
-            if cap is not None and value > cap:
-                raise InvalidRequest(
-                    f"{name!r} may be at most {cap} with this API key.", param=name, code="max_tokens_too_large"
-                )
-            return value
-    return None
-
-
-def _expected_choices(path: str, fields: Mapping[str, Any]) -> int:
-    """How many choices must finish: `n` for each prompt. Nonsense counts as one and is the engine's to refuse.
-
-    Engines that validate leniently read `2.0` and `"2"` as 2; believing them means not taking half an answer for all.
-    """
-    n = fields.get("n")
-    if (isinstance(n, float) and n.is_integer()) or (isinstance(n, str) and n.isascii() and n.isdigit() and len(n) < 6):
-        n = int(n)
-    choices = n if type(n) is int and n > 0 else 1
-    prompt = fields.get("prompt")
-    if path == COMPLETIONS and isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        choices *= len(prompt)
-    return choices
+    asked = asked_output(path, fields)
+    if key is not None and key.max_output_tokens is not None and asked is not None and asked > key.max_output_tokens:
+        raise InvalidRequest(
+            f"With this API key at most {key.max_output_tokens} tokens of output may be asked for, not {asked}.",
+            param="max_tokens",
+            code="max_tokens_too_large",
+        )
+    return asked

@@ -65,6 +65,8 @@ class Exchange(msgspec.Struct):
     usage: Usage | None = None
     content_events: int = 0
     """Content events relayed; stands in for output tokens when the stream ended before its usage came."""
+    content_bytes: int = 0
+    """About the bytes of text in them."""
     price: Price | None = None
     tenant: str = ""
     key_id: str = ""

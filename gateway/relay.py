@@ -64,6 +64,17 @@ class UpstreamReply:
 class Relay:
     """One request's way back. `attempt` may be called again after it failed, while nothing was shown."""
 
+    # fmt: off
+    __slots__ = (
+        "_answered", "_assembling", "_body", "_body_bytes", "_connection", "_content_events", "_done",
+        "_expected_choices", "_first_token_deadline", "_held", "_hide_usage", "_hold_deadline",
+        "_interruption", "_last_data_at", "_last_write_at", "_linger_deadline", "_loop", "_max_event_bytes",
+        "_max_response_bytes", "_paused", "_reply", "_response_headers", "_status", "_ticker", "_timing",
+        "_total_deadline", "_translation", "completed", "exchange", "headers", "read_usage", "reader",
+        "replica", "started_content", "whole",
+    )
+    # fmt: on
+
     def __init__(
         self,
         exchange: Exchange,

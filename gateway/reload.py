@@ -14,13 +14,22 @@ logger = logging.getLogger("tidegate")
 class Reloader:
     """Reads on request and hands on what can be used; what cannot is logged and changes nothing.
 
-    One reading at a time: a request that comes during one is for the file's content after it, so it is read once more.
+    `check` raises a `ConfigError` for settings that cannot be used as they would be in force: with the old values of
+    what needs a restart. One reading at a time: a request that comes during one is for the file's content after it, so
+    it is read once more.
     """
 
-    def __init__(self, settings: Settings, read: Callable[[], Settings], apply: Callable[[Settings], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        read: Callable[[], Settings],
+        apply: Callable[[Settings], None],
+        check: Callable[[Settings], None] = lambda _: None,
+    ) -> None:
         self._settings = settings
         self._read = read
         self._apply = apply
+        self._check = check
         self._wanted = False
         self._task: asyncio.Task[None] | None = None
 
@@ -33,16 +42,16 @@ class Reloader:
         while self._wanted:
             self._wanted = False
             try:
-                settings = await asyncio.to_thread(self._read)
+                self._take(await asyncio.to_thread(self._read))
             except ConfigError as error:
                 logger.error("reload refused, the running configuration stays:\n%s", error)
-            else:
-                self._take(settings)
 
     def _take(self, settings: Settings) -> None:
         changed = restart_only_changes(self._settings, settings)
         if changed:
             logger.warning("reload: these need a restart and stay as they were: %s", ", ".join(changed))
-        self._settings = keep_restart_only(self._settings, settings)
-        self._apply(self._settings)
+        kept = keep_restart_only(self._settings, settings)
+        self._check(kept)
+        self._settings = kept
+        self._apply(kept)
         logger.info("configuration reloaded: %d models, %d backends", len(settings.models), len(settings.backends))

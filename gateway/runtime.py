@@ -6,8 +6,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
 from backends.kvevents.view import Summary
@@ -37,6 +36,11 @@ class ByteBudget:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
+
+    @property
+    def scarce(self) -> bool:
+        """A quarter is taken: from now on only callers who are known may take more."""
+        return self.used_bytes * 4 > self.limit_bytes
 
     def take(self, size_bytes: int) -> bool:
         """Reserve; False, and nothing reserved, when the limit would be passed."""
@@ -121,20 +125,23 @@ class Runtime:
             exchange.outcome = Outcome.INTERNAL
         if exchange.price is not None and exchange.usage is not None and exchange.cost_usd is None:
             exchange.cost_usd = usage.cost_usd(exchange.usage, exchange.price)
+        exchange.admission_headers = ()  # sent; the record waits for the ledger, and should not hold on to memory
         self._live.discard(exchange.request_id)
+        if not exchange.tenant:  # nobody knows who that was: no line in the log that anybody could fill
+            self.metrics.refused(exchange.status)
+            return
         self.metrics.observe(exchange)
         self.ledger.record(exchange)
 
-    @contextmanager
-    def relaying(self, relay: Relay) -> Iterator[None]:
-        """Keep the relay's deadlines running, and let shutdown reach it, for the length of the block."""
+    def open_relay(self, relay: Relay) -> None:
+        """Start the relay's deadlines, and let shutdown reach it, until `close_relay`."""
         self._relays.add(relay)
         relay.open()
-        try:
-            yield
-        finally:
-            relay.close()
-            self._relays.discard(relay)
+
+    def close_relay(self, relay: Relay) -> None:
+        """Its request is over, or about to be refused. Twice is as good as once."""
+        relay.close()
+        self._relays.discard(relay)
 
     def interrupt_all(self, error: GatewayError) -> None:
         """End every exchange under way with this error."""

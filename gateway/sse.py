@@ -45,9 +45,11 @@ class StreamReader:
 
     __slots__ = (
         "_finished",
+        "_frame_bytes",
         "_late_line_feed",
         "_pending",
         "_scanned",
+        "content_bytes",
         "content_events",
         "content_started",
         "done",
@@ -75,6 +77,10 @@ class StreamReader:
         self.content_started = False
         """A content, reasoning, refusal or tool-call delta, or a finish reason, has been seen."""
         self.content_events = 0
+        self.content_bytes = 0
+        """About how many bytes of text, as JSON, the content events had: without what frames it in each."""
+        self._frame_bytes = 0
+        """What an event of this stream has besides its text, seen at its first content."""
         self.malformed_events = 0
         self.usage: Usage | None = None
         self.done = False
@@ -118,6 +124,7 @@ class StreamReader:
             and len(data) <= self.max_event_bytes
         ):
             self.content_events += events
+            self.content_bytes += max(events, len(data) - events * self._frame_bytes)
             return True
         return False
 
@@ -171,7 +178,7 @@ class StreamReader:
         if error is not None:
             self.error = error
             return b""
-        if not self._read_choices(chunk.get("choices")):
+        if not self._read_choices(chunk.get("choices"), len(event) + len(terminator)):
             self.error = dict(ABORTED)
             return b""
         if isinstance(chunk.get("usage"), dict):
@@ -180,7 +187,7 @@ class StreamReader:
                 return b""
         return event + terminator
 
-    def _read_choices(self, choices: Any) -> bool:
+    def _read_choices(self, choices: Any, size_bytes: int) -> bool:
         """Take note of what each choice brought; False when the server gave one up."""
         if not isinstance(choices, list):
             return True
@@ -194,8 +201,11 @@ class StreamReader:
                 index = choice.get("index")
                 self._finished.add(index if type(index) is int else 0)
                 self.content_started = True
-            if _has_content(choice):
+            text_bytes = _content_bytes(choice)
+            if text_bytes:
                 self.content_events += 1
+                self.content_bytes += text_bytes
+                self._frame_bytes = max(0, size_bytes - text_bytes)
                 self.content_started = True
         return True
 
@@ -212,9 +222,24 @@ def _error_in(chunk: dict[str, Any], name: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _has_content(choice: dict[str, Any]) -> bool:
-    """Any delta besides the role counts: content, reasoning under any of its names, refusal, tool calls, audio."""
-    if choice.get("text"):
-        return True
+def _content_bytes(choice: dict[str, Any]) -> int:
+    """About the bytes of what a choice brings, at least 1; 0 when it brings nothing.
+
+    Any delta besides the role counts: content, reasoning under any of its names, refusal, tool calls, audio.
+    """
+    text = choice.get("text")
+    if text:
+        return _size_bytes(text)
     delta = choice.get("delta")
-    return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+    if not isinstance(delta, dict):
+        return 0
+    return sum(_size_bytes(value) for key, value in delta.items() if value and key != "role")
+
+
+def _size_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value.encode(errors="replace")) or 1
+    try:
+        return len(orjson.dumps(value))
+    except TypeError:
+        return 1

@@ -25,7 +25,7 @@ from pydantic import SecretStr
 from gateway import control
 from gateway.admin import admin_app
 from gateway.admission.records import admin_routes
-from gateway.config import Settings
+from gateway.config import Settings, require_shared_store
 from gateway.listener import Listener, admin_listener, bind_uds, listen
 from gateway.reload import Reloader
 from gateway.sources import RemoteSource
@@ -107,7 +107,10 @@ class Supervisor:
         self._announced = False
         self._deadline: asyncio.TimerHandle | None = None
         self._routes = admin_routes(settings, self._keys_changed)
-        self._reloader = Reloader(settings, read, self._apply)
+        # New limits may come with a Redis for them, which does not take effect before a restart.
+        self._reloader = Reloader(
+            settings, read, self._apply, lambda kept: require_shared_store(kept, "configuration", count)
+        )
 
     async def run(self) -> int:
         """Returns the exit code: 0 when stopped by a signal, 1 when the workers do not start."""
@@ -192,7 +195,7 @@ class Supervisor:
                 slot.reason = f"cannot run {sys.executable}: {error.strerror or error}"
                 return "could not be started"
         reader, slot.writer = await asyncio.open_connection(sock=ours)
-        slot.tell(control.Begin(os.getpid(), self._settings, self._store_path))
+        slot.tell(control.Begin(os.getpid(), self._settings, self._count, self._store_path))
         if self._stopping.is_set():  # since the process was asked for
             slot.tell(control.Stop(graceful=False))
         try:

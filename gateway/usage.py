@@ -20,6 +20,7 @@ _MAX_USAGE_BYTES = 4096
 def from_stream(exchange: Exchange, reader: StreamReader) -> None:
     """Take over what the stream's reader saw, however the stream ended."""
     exchange.content_events = reader.content_events
+    exchange.content_bytes = reader.content_bytes
     if exchange.usage is None:
         exchange.usage = reader.usage
 

@@ -48,7 +48,7 @@ class StartError(Exception):
 class Worker:
     """Serves on sockets that are bound already, until it is told to stop. Create it inside its event loop.
 
-    `store` is what it shares with the other workers where there is no Redis; `alone` says that there are none. It
+    `store` is what it shares with the other workers where there is no Redis; `workers` says how many there are. It
     closes its store at its end. Raises `StartError` for settings that cannot be used.
     """
 
@@ -61,14 +61,14 @@ class Worker:
         build_admin: Callable[[Source, Admission], ASGIApp],
         index: int = 0,
         store: Store | None = None,
-        alone: bool = True,
+        workers: int = 1,
     ) -> None:
         path = settings.usage_log.path
         self._sockets = sockets
         self._admin_sockets = admin_sockets
         self._ledger = Ledger(None if path is None else Path(path))
         try:
-            self._admission = Admission(settings, store=store, alone=alone)
+            self._admission = Admission(settings, store=store, workers=workers)
         except AdmissionError as error:
             raise StartError(str(error)) from error
         self._runtime = Runtime(
@@ -89,6 +89,7 @@ class Worker:
         if not self.stopping:
             self._graceful = graceful
             self._stop.set()
+            self._admission.stop_waiting()
 
     def hurry(self) -> None:
         """Skip what the stop is waiting for."""

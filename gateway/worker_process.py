@@ -87,7 +87,7 @@ def serve_supervised(index: int, fds: Sequence[int]) -> int:
             build_admin=lambda source, _: private_app([source]),
             index=index,
             store=None if begin.store_path is None else RemoteStore(begin.store_path),
-            alone=False,
+            workers=begin.workers,
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: worker.stop(graceful=True))

@@ -17,9 +17,12 @@ from routing.health import Cooldown, Health
 from routing.load import Load
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InferenceRequest:
-    """One inference call, reduced to what a routing decision may depend on."""
+    """One inference call, reduced to what a routing decision may depend on. Nobody changes one after it was made.
+
+    Nor does anybody a `Decision` or an `Exclusion`. They are not frozen because that makes them three times as dear.
+    """
 
     id: str
     model: str
@@ -132,7 +135,7 @@ class Reservation:
             replica.health.leave_trial(self._trial)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Exclusion:
     """A replica that was not considered, and the low-cardinality reason why."""
 
@@ -140,7 +143,7 @@ class Exclusion:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """What a policy answered: the replica, or None when every candidate was excluded."""
 

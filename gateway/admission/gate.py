@@ -14,19 +14,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from gateway.admission.home import RENEW_EVERY_S, Home, Mode
 from gateway.admission.metrics import AdmissionMetrics
-from gateway.admission.refusals import QueueFull, QueueTimeout
+from gateway.admission.refusals import PriceUnknown, QueueFull, QueueTimeout
 from gateway.admission.rooms import Rooms
-from gateway.admission.settlement import settlement
+from gateway.admission.settlement import Settlement, settlement
 from gateway.admission.spend import SpendKeeper
 from gateway.admission.visit import Visit
 from gateway.admission.waits import longest_wait_s
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.keys.directory import Directory
+from gateway.keys.errors import Unauthenticated
 from gateway.keys.principal import Principal
 from gateway.limits.errors import refusal_error
 from gateway.limits.estimate import Estimate, Estimator
@@ -37,7 +39,7 @@ from gateway.record import Exchange
 from gateway.relay import Relay
 from gateway.reply import Headers
 from gateway.store.limits import Cost
-from gateway.store.places import State, Ticket
+from gateway.store.places import Room, State, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Gate:
         self.visits: dict[str, Visit] = {}
         """Everybody inside or waiting, by request id."""
         self.waiting = 0
+        self._wake = asyncio.Event()
         self.settings = settings
         self._anonymous = anonymous
         self._standing: dict[Mode, Headers] = {
@@ -128,7 +131,14 @@ class Gate:
         plan = self.planner.plan(principal, route.model, now_unix_s)
         if plan.user is not None and order.user:
             plan = self.planner.with_user(plan, order.user, now_unix_s)
-        if not plan.scopes and room is None:
+        key = principal.key
+        if key is not None and order.request.max_output_tokens is None and order.path != EMBEDDINGS:
+            exchange.max_tokens_set = key.max_output_tokens
+        if plan.has_budgets and route.price is None and _enforced_budget(plan):
+            raise PriceUnknown(
+                f"The model {route.model!r} has no price, so that a budget cannot count it.", param="model"
+            )
+        if not plan.scopes and room is None and not (self.spend.recording and route.price is not None):
             return None
         if estimate is None:
             estimate = self._estimate(principal, order, plan)
@@ -136,9 +146,11 @@ class Gate:
         price = route.price
         if price is not None:
             micros = round(estimate.input * price.input + estimate.output * price.output)
-        exchange.max_tokens_set = estimate.max_tokens
+        if estimate.max_tokens is not None:
+            exchange.max_tokens_set = estimate.max_tokens
         reserved = Cost(1, estimate.input, estimate.output, estimate.total, micros)
-        visit = Visit(id or order.request.id, order, principal, exchange, plan, estimate, reserved)
+        id = id or order.request.id
+        visit = Visit(id, order, principal, exchange, plan, estimate, reserved, plan.scopes, charge_id=id)
         if room is not None:
             visit.pool = route.pool.name
             visit.room = room
@@ -169,11 +181,16 @@ class Gate:
         if visit.plan.has_budgets and self.spend.book.unknown(visit.scopes):
             await self._learn_budgets(visit)
         home = self.home
-        if home.mode is not Mode.REDIS or not await home.admit_far(visit):
-            home.admit_near(visit)
+        if home.mode is Mode.REDIS:
+            await home.let_in(visit)
+        else:
+            home.let_in_near(visit)
+        exchange.admission_headers = standing = self._standing[
+            Mode.LOCAL if visit.near and home.far is not None else home.mode
+        ]
         admission = visit.admission
         if admission is not None:
-            headers = [*self.standing, *ratelimit_headers(visit.plan, admission)]
+            headers = [*standing, *ratelimit_headers(visit.plan, admission, visit.share)]
             if exchange.max_tokens_set is not None:
                 headers.append((b"x-tidegate-max-tokens", b"%d" % exchange.max_tokens_set))
             exchange.admission_headers = headers
@@ -184,7 +201,10 @@ class Gate:
         entry = visit.entry
         if entry is None or visit.granted:
             return
+        exchange.queue_position = entry.position
+        exchange.predicted_wait_s = entry.wait_us / 1e6
         if entry.state is State.REFUSED:
+            exchange.admission_headers = self._headers_after_wait(exchange)
             self.metrics.turned_away(visit.pool, entry.reason)
             raise QueueFull(entry)
         await self._wait(visit, relay)
@@ -212,15 +232,30 @@ class Gate:
         self.visits.pop(visit.id, None)
         self.home.give_back(visit, None, None)
 
-    async def wait_for_replica(self, visit: Visit) -> bool:
-        """Wait a moment for a replica that this request may use: those that have room are not for it.
+    async def wait_for_replica(self, visit: Visit, relay: Relay, fits: Callable[[], bool]) -> bool:
+        """Wait until a replica that this request may use has room: those that have room now are not for it.
 
-        The pool has room, but in another region, say, or without its adapter. False: it has waited long enough.
+        The pool has a place, but in another region, say, or without its adapter. It goes to others meanwhile, and this
+        request takes another one when `fits` says so. False: it has waited long enough. (These requests are not in
+        any line while they wait, so among themselves they are served in no order.)
         """
-        if visit.ticket is None or time.monotonic() - visit.entered_at >= visit.max_wait_s:
+        exchange = visit.exchange
+        ends_at = visit.entered_at + visit.max_wait_s
+        if visit.ticket is None or time.monotonic() >= ends_at:
             return False
-        await asyncio.sleep(_LOOK_AGAIN_S)
-        visit.exchange.queue_s = time.monotonic() - visit.entered_at
+        self.home.give_up_place(visit, None)
+        while not fits():
+            if time.monotonic() >= ends_at:
+                return False
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        await self.home.enter_again(visit)
+        if not visit.granted:
+            if visit.entry is not None and visit.entry.state is State.REFUSED:
+                raise QueueFull(visit.entry)
+            visit.max_wait_s = max(0.0, ends_at - visit.entered_at)
+            await self._wait(visit, relay)
+        exchange.queue_s = time.monotonic() - visit.entered_at
+        exchange.admission_headers = self._headers_after_wait(exchange)
         return True
 
     async def _learn_budgets(self, visit: Visit) -> None:
@@ -233,10 +268,7 @@ class Gate:
 
     async def _wait(self, visit: Visit, relay: Relay) -> None:
         """Stand in line. Whoever grants the place resolves the future; the client's leaving cancels this."""
-        entry, exchange = visit.entry, visit.exchange
-        assert entry is not None
-        exchange.queue_position = entry.position
-        exchange.predicted_wait_s = entry.wait_us / 1e6
+        exchange = visit.exchange
         if exchange.stream:
             relay.headers = self._headers_of_waiting(exchange)
         visit.waiter = asyncio.get_running_loop().create_future()
@@ -253,6 +285,8 @@ class Gate:
             exchange.queue_s = time.monotonic() - visit.entered_at
             self.metrics.waited(visit.pool, visit.order.band, exchange.queue_s)
             exchange.admission_headers = self._headers_after_wait(exchange)
+        if self.directory is not None and not self.directory.still_valid(visit.principal, time.time()):
+            raise Unauthenticated("The API key has ended while its request waited.")
 
     def _headers_of_waiting(self, exchange: Exchange) -> Headers:
         """The head of a stream that has to begin, to be kept open, while its request still waits."""
@@ -273,32 +307,44 @@ class Gate:
         headers.append((b"x-tidegate-predicted-wait-ms", b"%d" % (exchange.predicted_wait_s * 1000)))
         return headers
 
-    def granted(self, pool: str, id: str) -> None:
-        """A request has its place: one of ours that waited, or one that has just gone."""
-        visit = self.visits.get(id)
-        if visit is None or visit.pool != pool:
-            return
+    def granted(self, pool: str, id: str) -> Visit | None:
+        """A request has its place: one of ours that waited; or, and then None, one that is gone or wants another."""
+        visit = self.visits.get(id.partition("/")[0])
+        if visit is None or visit.ticket is None or visit.pool != pool or visit.ticket.id != id:
+            return None
         visit.granted = True
         visit.lease_due_at = 0.0  # a place for one that waited has to be confirmed
         if visit.waiter is not None and not visit.waiter.done():
             visit.waiter.set_result(None)
+        return visit
 
     def leave(self, visit: Visit, exchange: Exchange) -> None:
-        """Settle with what was used, and make room. Synchronous; nothing waits for Redis."""
+        """Settle with what was used, and make room. Synchronous; nothing waits for Redis. A defect here costs a
+        settlement, and never the record that is written after it."""
         if visit.left:
             return
         visit.left = True
         self.visits.pop(visit.id, None)
-        settled = settlement(visit, exchange)
-        if settled is None:
-            self.home.give_back(visit, None, None)
-            return
-        self.home.give_back(visit, settled.used, settled.work)
+        settled: Settlement | None = None
+        try:
+            settled = settlement(visit, exchange, self.estimator)
+        except Exception:
+            logger.exception("request %s could not be settled; what it had reserved is charged", exchange.request_id)
+            settled = Settlement(visit.reserved, visit.estimate.input + 2 * visit.estimate.output)
+        finally:
+            self.home.give_back(
+                visit, None if settled is None else settled.used, None if settled is None else settled.work
+            )
+        if settled is not None:
+            self._learn(visit, exchange, settled)
+
+    def _learn(self, visit: Visit, exchange: Exchange, settled: Settlement) -> None:
         usage = exchange.usage
         if usage is not None and not exchange.usage_estimated and visit.order.path != EMBEDDINGS:
             self.estimator.learn(
                 visit.order.route.model, exchange.key_id, visit.estimate.chars, usage, visit.order.expected_choices
             )
+            self.estimator.learn_stream(visit.order.route.model, exchange.content_bytes, usage.completion_tokens)
         if exchange.ttft_s is not None:
             self.metrics.answered(visit.order.route.model, exchange.ttft_s - exchange.queue_s)
         self.metrics.estimated += exchange.usage_estimated
@@ -311,6 +357,16 @@ class Gate:
         self._anonymous = anonymous
         self.planner.reload(settings)
 
+    def everybody(self) -> list[Visit]:
+        """Who is inside or waiting at this moment."""
+        return list(self.visits.values())
+
+    def room_of(self, visit: Visit) -> Room:
+        """The room of its pool as it is now; as it was when it came, where nobody can say any more."""
+        room = self.rooms.room(visit.order.route.pool, time.monotonic()) or visit.room
+        assert room is not None
+        return room
+
     def interrupt_all(self, error: GatewayError) -> None:
         """End the waiting of everybody in line."""
         for visit in self.visits.values():
@@ -319,7 +375,8 @@ class Gate:
 
     def store_changed(self, available: bool) -> None:
         """Redis went away, or came back."""
-        self.home.changed(available, list(self.visits.values()))
+        self.home.changed(available)
+        self._wake.set()
 
     async def keep(self, stop: asyncio.Event, every_s: float = 1.0) -> None:
         """Signs of life and renewals, until stopped. One that fails is soon followed by another: those that wait are to
@@ -327,11 +384,18 @@ class Gate:
         while not stop.is_set():
             heard = True
             try:
-                heard = await self.home.beat(list(self.visits.values()), time.monotonic())
+                heard = await self.home.beat(time.monotonic())
             except Exception:
                 logger.exception("the gate's housekeeping failed; it goes on in a second")
-            await asyncio.sleep(every_s if heard or self.home.mode is Mode.LOCAL else _AFTER_FAILURE_S)
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(every_s if heard or self.home.mode is Mode.LOCAL else _AFTER_FAILURE_S):
+                    await self._wake.wait()
 
     def in_line(self) -> Iterable[Visit]:
         """Those that wait, for the dashboard."""
         return [visit for visit in self.visits.values() if visit.waiter is not None]
+
+
+def _enforced_budget(plan: Plan) -> bool:
+    return any(scope.budgets and not scope.shadow for scope in plan.scopes)

@@ -1,13 +1,14 @@
 """Where reservations and places are kept: in this process, or in Redis and, while that is away, on one share of it.
 
-`near` is the limiter and the queue of this process. Without Redis it is all there is. With Redis it stands in while
-Redis does not answer: it then charges every request as many times as there were gateways when Redis was last heard of,
-which is this gateway's share of every limit, and has that share of every pool's places. Starting from full bursts, all
-gateways together admit at most one burst beyond the limits in an outage.
+Without Redis the limiter and the lines of this process (`near`) are all there is. With it, Redis decides, and `near`
+stands in whenever it does not answer. It knows then every place and every lease that this process holds: they are
+carried there before anything is decided, those of running requests first. When Redis is back, everything is carried to
+it before it decides again, so nobody is granted a place by the change itself. All gateways together admit at most one
+burst beyond the limits in an outage.
 
 What has to be told to Redis and cannot be (settlements, cancellations of what may or may not have arrived) is kept, in
-order and bounded, and told when it is back; all of it is idempotent. Places and leases that are held are put back there
-by the next renewal, and whoever waits enters the line that is in force anew.
+order and bounded, and told when it is back; all of it is idempotent. Since Redis buries the ids that were given up, a
+request that comes back to it comes under another: `<id>/1`.
 """
 
 from __future__ import annotations
@@ -16,21 +17,19 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from gateway.admission.near import Near
 from gateway.admission.refusals import QueueFull
-from gateway.admission.rooms import FOREVER_US
 from gateway.admission.visit import Visit
-from gateway.store.limits import Cost, Rate, Scope
-from gateway.store.memory_limits import MemoryLimits
-from gateway.store.memory_places import MemoryPlaces
-from gateway.store.places import Room, State
-from gateway.store.protocol import StoreError
+from gateway.store.limits import Cost, Held, Scope
+from gateway.store.places import Entry, Room, State
+from gateway.store.protocol import StoreError, StoreUnavailable
 from gateway.store.redis.limits import unpack_admission
 from gateway.store.redis.places import unpack_entry, unpack_granted
 
@@ -44,10 +43,14 @@ LEASE_US = 30_000_000
 RENEW_EVERY_S = 10.0
 BEAT_S = 1.0
 """How often a gateway tells Redis that it is there; those that wait at one that is silent for three are passed over."""
-RENEWED_AT_ONCE = 100
-"""Places in one call: about 0.4 ms of Redis' time."""
+FEWER_AFTER_S = 10.0
+"""How long other gateways have to be gone before a share grows: a Redis that comes back empty counts from one again."""
+AT_ONCE = 100
+"""Leases, places or settlements told in one go: less than a millisecond of Redis' time."""
 MAX_UNTOLD = 20_000
 """Settlements kept for Redis. Beyond it the oldest are dropped: their tokens stay charged, their leases run out."""
+
+Say = Callable[["Far"], "asyncio.Future[Any]"]
 
 
 class Mode(StrEnum):
@@ -59,320 +62,454 @@ class Mode(StrEnum):
 
 
 class Home:
-    """Belongs to one worker and its event loop. `on_grant` is told of requests that have a place now."""
+    """Belongs to one worker and its event loop.
 
-    def __init__(self, gateway: str, far: Far | None, on_grant: Callable[[str, str], None]) -> None:
+    `visits` are everybody inside or waiting, `room_of` a pool's room as it is now. `on_grant(pool, id)` is told of
+    requests that have a place, and says which it is if it is still there. `workers`: processes of this gateway, so
+    that a share is never more than that.
+    """
+
+    def __init__(
+        self,
+        gateway: str,
+        far: Far | None,
+        *,
+        visits: Callable[[], Iterable[Visit]],
+        room_of: Callable[[Visit], Room],
+        on_grant: Callable[[str, str], Visit | None],
+        workers: int = 1,
+    ) -> None:
         self.gateway = gateway
         self.far = far
-        self._on_grant = on_grant
-        self.limits = MemoryLimits()
-        self.places = MemoryPlaces(now_us, lambda _, pool, id: on_grant(pool, id))
-        self.gateways = 1
+        self.near = Near(gateway, shared=far is not None, on_grant=on_grant)
+        self.gateways = workers
         """Gateway processes that shared Redis when it was last heard of, this one included."""
-        self.mode = Mode.MEMORY if far is None else (Mode.REDIS if far.client.available else Mode.LOCAL)
+        self.mode = Mode.MEMORY if far is None else Mode.REDIS
         self.mode_since = time.monotonic()
         self.dropped = 0
         """Settlements that Redis will never hear of."""
         self.subscribe_later: Callable[[], Awaitable[object]] | None = None
         """To be called when Redis answers for the first time: it did not at the start."""
-        self._untold: deque[Callable[[Far], asyncio.Future[Any]]] = deque()
-        self._shares: dict[tuple[int, int], tuple[tuple[Scope, ...], tuple[Scope, ...]]] = {}
+        self._visits = visits
+        self._room_of = room_of
+        self._on_grant = on_grant
+        self._workers = workers
+        self._as_many_at = 0.0
+        """When there were last as many gateways as `gateways`."""
+        self._standing_in = False
+        """`near` knows everybody's places and leases."""
+        self._untold: deque[Say] = deque()
+
+    @property
+    def untold(self) -> int:
+        return len(self._untold)
 
     # -- letting in
 
-    def admit_near(self, visit: Visit) -> None:
-        """Reserve in this process, and ask for a place if all limits allow it."""
+    async def let_in(self, visit: Visit) -> None:
+        """Reserve in all limits and ask for a place, or for one in the line: in one step, and one round trip.
+
+        The visit says what came of it. Asks for no place where a limit refuses.
+        """
+        if self.mode is Mode.REDIS and await self._ask_far(visit):
+            return
+        self.let_in_near(visit)
+
+    def let_in_near(self, visit: Visit) -> None:
+        """The same in this process."""
+        if self.far is not None and not self._standing_in:
+            self._stand_in()
         visit.near = True
-        visit.share = share = self.gateways if self.far is not None else 1
-        if visit.scopes:
-            scopes, cost = visit.scopes, visit.reserved
-            if share > 1:
-                cost = times(cost, share)
-                scopes = self._shared(scopes, share)
-            visit.admission = self.limits.admit_now(visit.id, scopes, cost, FOREVER_US)
-            if not visit.admission.admitted:
-                return
+        if visit.scopes and not self.near.admit(visit, self._share).admitted:
+            return
         if visit.ticket is not None:
             self._enter_near(visit)
 
-    def _enter_near(self, visit: Visit) -> None:
+    async def enter_again(self, visit: Visit) -> None:
+        """Ask for another place after the first was given up; the reservations stay as they are."""
         assert visit.ticket is not None
-        assert visit.room is not None
-        visit.place_near = True
-        visit.entry = self.places.enter_now(visit.pool, visit.ticket, self._near_room(visit.room))
-        visit.granted = visit.entry.state is State.GRANTED
+        self._rename_place(visit)
+        visit.granted = False
+        if self.mode is Mode.REDIS and self.far is not None:
+            visit.place_far = True
+            try:
+                self._entered(visit, unpack_entry(await self.far.enter(visit.pool, visit.ticket, self._room_of(visit))))
+                return
+            except StoreError:
+                self._forget_place(visit)
+        if self.far is not None and not self._standing_in:
+            self._stand_in()
+        self._enter_near(visit)
 
-    async def admit_far(self, visit: Visit) -> bool:
-        """Reserve in Redis and ask for a place, in one round trip. False: it is away, and nothing is known."""
+    async def _ask_far(self, visit: Visit) -> bool:
+        """False: it is away, and nothing is known."""
         far = self.far
         assert far is not None
-        visit.near = False
-        visit.share = 1
         asked: list[asyncio.Future[Any]] = []
         if visit.scopes:
-            asked.append(far.admit(visit.id, visit.scopes, visit.reserved, LEASE_US))
-        if visit.ticket is not None and visit.room is not None:
+            asked.append(far.admit(visit.charge_id, visit.scopes, visit.reserved, LEASE_US))
+        if visit.ticket is not None:
             visit.place_far = True
-            asked.append(far.enter(visit.pool, visit.ticket, visit.room))
+            asked.append(far.enter(visit.pool, visit.ticket, self._room_of(visit)))
         visit.asked = True
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        answers: list[Any] = []
+        failure: Exception | None = None
+        for future in asked:  # each is awaited, whatever became of the one before
+            try:
+                answers.append(await future)
+            except asyncio.CancelledError:
+                for each in asked:
+                    each.cancel()
+                raise
+            except Exception as error:
+                failure = error if failure is None or not isinstance(error, StoreError) else failure
         visit.asked = False
-        failures = [answer for answer in answers if isinstance(answer, BaseException)]
-        if failures:
-            self._forget_far(visit)
-            for failure in failures:
-                if not isinstance(failure, StoreError):
-                    raise failure
+        if failure is not None:
+            self._forget(visit)
+            if not isinstance(failure, StoreError):
+                raise failure
+            if not isinstance(failure, StoreUnavailable):
+                logger.error("limits: Redis refuses what it is asked: %s", failure)
             return False
         if visit.scopes:
             visit.admission = unpack_admission(answers[0])
-        if visit.place_far:
-            visit.entry = unpack_entry(answers[-1])
-            visit.granted |= visit.entry.state is State.GRANTED
+            visit.charged_far = visit.admission.admitted
+        if visit.ticket is not None:
+            self._entered(visit, unpack_entry(answers[-1]))
         return True
 
-    def _forget_far(self, visit: Visit) -> None:
-        """Whether it has arrived is unknown: have it undone, and not be done any more if it comes late."""
-        visit.asked = False
-        if visit.scopes:
-            say = partial(_settle, id=visit.id, scopes=visit.scopes, reserved=visit.reserved, used=None)
-            self._tell(say, visit.pool)
-        if visit.place_far:
-            self.give_up_place(visit, None)
+    def _entered(self, visit: Visit, entry: Entry) -> None:
+        """What Redis has answered; while `near` stands in, it hears of it as well."""
+        visit.entry = entry
+        visit.granted |= entry.state is State.GRANTED
+        visit.place_far = entry.state is not State.REFUSED
+        if self._standing_in:
+            if visit.granted:
+                self.near.hold(visit, self._room_of(visit), self._share)
+            elif visit.place_far and self.mode is Mode.LOCAL:  # it went away before this answer was read
+                visit.granted = self.near.enter(visit, self._room_of(visit), self._share).state is State.GRANTED
+            if visit.charged_far and not visit.charged_near:
+                self.near.carry(visit, self._share)
+
+    def _enter_near(self, visit: Visit) -> None:
+        visit.entry = self.near.enter(visit, self._room_of(visit), self._share)
+        visit.granted = visit.entry.state is State.GRANTED
+        visit.place_near = visit.entry.state is not State.REFUSED
+
+    @property
+    def _share(self) -> int:
+        return 1 if self.far is None else self.gateways
 
     # -- giving back
 
     def give_back(self, visit: Visit, used: Cost | None, work: int | None) -> None:
         """End a visit. `used`: what it really took; None: as if it had never been. `work`: the same in VTC's units."""
         if visit.asked:
-            self._forget_far(visit)
-        if visit.admitted:
-            if visit.near:
-                self._settle_near(visit, used)
-            else:
-                say = partial(_settle, id=visit.id, scopes=visit.scopes, reserved=visit.reserved, used=used)
-                self._tell(say, visit.pool)
-        self.give_up_place(visit, work)
+            self._forget(visit)
+        if visit.charged_near:
+            self.near.settle(visit, used)
+        if visit.charged_far:
+            visit.charged_far = False
+            self._tell(
+                partial(_settle, id=visit.charge_id, scopes=visit.scopes, reserved=visit.reserved, used=used),
+                visit.pool,
+            )
+        if visit.ticket is not None:
+            self.give_up_place(visit, work)
 
     def give_up_place(self, visit: Visit, work: int | None) -> None:
         """Leave the line, or the place; whoever is next and waits here is told."""
-        room = visit.room
-        if room is None:
+        if not visit.place_near and not visit.place_far:
             return
-        if visit.place_near:
-            visit.place_near = False
-            granted = self.places.leave_now(visit.pool, visit.id, self.gateway, work, self._near_room(room))
-            for id in granted.ids:
-                self._on_grant(visit.pool, id)
-        if visit.place_far:
+        room = self._room_of(visit)
+        if visit.place_far and visit.ticket is not None:
             visit.place_far = False
-            say = partial(_leave, pool=visit.pool, id=visit.id, gateway=self.gateway, used=work, room=room)
-            self._tell(say, visit.pool)
+            id = visit.ticket.id
+            self._tell(partial(_leave, pool=visit.pool, id=id, gateway=self.gateway, used=work, room=room), visit.pool)
+        if visit.place_near:
+            self.near.leave(visit, work, room, self._share)
         visit.granted = False
 
-    def _settle_near(self, visit: Visit, used: Cost | None) -> None:
-        scopes, reserved = visit.scopes, visit.reserved
-        if visit.share > 1:
-            reserved = times(reserved, visit.share)
-            scopes = self._shared(scopes, visit.share)
-            used = None if used is None else times(used, visit.share)
-        if used is None:
-            self.limits.cancel_now(visit.id, scopes, reserved)
-        else:
-            self.limits.settle_now(visit.id, scopes, reserved, used)
+    def _forget(self, visit: Visit) -> None:
+        """Whether Redis was reached is unknown: have it undone, and not be done any more if it comes late."""
+        visit.asked = False
+        if visit.scopes:
+            say = partial(_settle, id=visit.charge_id, scopes=visit.scopes, reserved=visit.reserved, used=None)
+            self._tell(say, visit.pool)
+            visit.charged_far = False
+            visit.charge_id = _renamed(visit.charge_id)
+        if visit.place_far:
+            self._forget_place(visit)
 
-    def _tell(self, say: Callable[[Far], asyncio.Future[Any]], pool: str) -> None:
+    def _forget_place(self, visit: Visit) -> None:
+        self.give_up_place(visit, None)
+        self._rename_place(visit)
+
+    def _rename_place(self, visit: Visit) -> None:
+        if visit.ticket is not None:
+            visit.ticket = msgspec.structs.replace(visit.ticket, id=_renamed(visit.ticket.id))
+
+    def _tell(self, say: Say, pool: str) -> None:
         """Tell Redis something that nobody waits for; keep it when Redis is away."""
         far = self.far
-        assert far is not None
+        if far is None:
+            return
         if not far.client.available:
             self._tell_later(say)
             return
-        future = say(far)
-        future.add_done_callback(partial(self._told, say=say, pool=pool))
+        say(far).add_done_callback(partial(self._told, say=say, pool=pool))
 
-    def _told(self, future: asyncio.Future[Any], *, say: Callable[[Far], asyncio.Future[Any]], pool: str) -> None:
+    def _told(self, future: asyncio.Future[Any], *, say: Say, pool: str) -> None:
         if future.cancelled():
             return
         error = future.exception()
-        if isinstance(error, StoreError):
+        if isinstance(error, StoreUnavailable):
             self._tell_later(say)
         elif error is not None:
-            logger.error("a settlement failed: %s", error)
-        elif isinstance(say, partial) and say.func is _leave and self.far is not None:
+            self.dropped += 1
+            logger.error("limits: Redis refuses a settlement, which is dropped: %s", error)
+        elif isinstance(say, partial) and say.func is _leave:
             for id in unpack_granted(future.result()).ids:
-                self._on_grant(pool, id)
+                self.granted_far(pool, id)
 
-    def _tell_later(self, say: Callable[[Far], asyncio.Future[Any]]) -> None:
+    def _tell_later(self, say: Say) -> None:
+        """Money goes without: until it is told it is on record, and every admission says what is."""
+        if isinstance(say, partial) and say.func is _settle and say.keywords["used"] is not None:
+            say = partial(say, used=msgspec.structs.replace(say.keywords["used"], micros=0))
         if len(self._untold) >= MAX_UNTOLD:
             self._untold.popleft()
             self.dropped += 1
         self._untold.append(say)
 
-    @property
-    def untold(self) -> int:
-        return len(self._untold)
+    # -- going away, coming back
 
-    # -- keeping
+    def changed(self, available: bool) -> None:
+        """Redis went away, or came back; told by its client. It decides again when everything was carried there."""
+        if self.far is not None and not available:
+            self._now_in(Mode.LOCAL)
+            self._stand_in()
 
-    async def beat(self, visits: Sequence[Visit], now: float) -> bool:
-        """Once a second: a sign of life, renewals, what was left untold. Whether Redis has heard it."""
+    def granted_far(self, pool: str, id: str) -> None:
+        """Redis gave a waiting request its place."""
+        visit = self._on_grant(pool, id)
+        if visit is not None:
+            visit.place_far = True
+            if self._standing_in:
+                self.near.hold(visit, self._room_of(visit), self._share)
+
+    def _stand_in(self) -> None:
+        """Have `near` know everybody: first those that run, so that none of their places is given away."""
+        self._standing_in = True
+        visits = [visit for visit in self._visits() if not visit.left and not visit.asked]
+        for visit in visits:
+            if visit.charged_far and not visit.charged_near:
+                self.near.carry(visit, self._share)
+            if visit.granted and not visit.place_near:
+                self.near.hold(visit, self._room_of(visit), self._share)
+        for visit in visits:
+            if not _in_line(visit) or visit.place_near:
+                continue
+            entry = self.near.enter(visit, self._room_of(visit), self._share)
+            visit.place_near = entry.state is not State.REFUSED
+            self._after_moving(visit, entry)
+
+    def _after_moving(self, visit: Visit, entry: Entry) -> None:
+        """One that waits has been entered in another line."""
+        if entry.state is State.GRANTED:
+            self._on_grant(visit.pool, visit.ticket.id if visit.ticket is not None else "")
+        elif entry.state is State.REFUSED and visit.waiter is not None and not visit.waiter.done():
+            visit.waiter.set_exception(QueueFull(entry))
+
+    async def beat(self, now: float) -> bool:
+        """Once a second: a sign of life, renewals, what was left untold. Whether Redis has heard it, if there is one.
+
+        Without Redis, a look at whether pools have grown.
+        """
         far = self.far
         if far is None:
+            self._look()
             return True
         try:
-            self.gateways = max(1, await far.store.beat(self.gateway, 3 * BEAT_S))
-            self._now_in(Mode.REDIS)
+            self._count(await far.store.beat(self.gateway, 3 * BEAT_S), now)
             if self.subscribe_later is not None:
                 await self.subscribe_later()
                 self.subscribe_later = None
             await self._tell_untold(far)
-            await self._renew(far, [visit for visit in visits if not visit.left], now)
+            if self._standing_in:
+                await self._come_back(far, now)
+            else:
+                await self._renew(far, now)
         except StoreError as error:
             logger.debug("the sign of life did not reach Redis: %s", error)
+            if self._standing_in:
+                self._look()
             return False
         return True
 
-    async def say_goodbye(self) -> None:
-        """Tell Redis what it has not been told yet, if it listens."""
-        if self.far is not None and self.far.client.available:
-            await self._tell_untold(self.far)
+    def _count(self, gateways: int, now: float) -> None:
+        gateways = max(gateways, self._workers)
+        if gateways >= self.gateways:
+            self._as_many_at = now
+        if gateways >= self.gateways or now - self._as_many_at > FEWER_AFTER_S:
+            self.gateways = gateways
 
-    def changed(self, available: bool, visits: Sequence[Visit]) -> None:
-        """Redis went away or came back; told by its client. Whoever has or wants a place is known here from now on."""
-        self._now_in(Mode.REDIS if available else Mode.LOCAL)
-        if available:
-            return  # the next beat takes everybody back there
-        for visit in visits:
-            if visit.left or visit.place_near or visit.entry is None or visit.ticket is None or visit.room is None:
-                continue
-            room = self._near_room(visit.room)
-            if visit.granted:
-                visit.place_near = True
-                self.places.renew_now(visit.pool, self.gateway, [visit.ticket], [], room)
-            else:
-                entry = visit.entry
-                self._enter_near(visit)
-                if visit.entry.state is State.GRANTED:
-                    self._on_grant(visit.pool, visit.id)
-                elif visit.entry.state is State.REFUSED and visit.waiter is not None and not visit.waiter.done():
-                    visit.waiter.set_exception(QueueFull(visit.entry))
-                visit.entry = entry
+    def _look(self) -> None:
+        waiting: dict[str, list[Visit]] = {}
+        for visit in self._visits():
+            if _in_line(visit) and visit.place_near:
+                waiting.setdefault(visit.pool, []).append(visit)
+        for pool, visits in waiting.items():
+            ids = [visit.ticket.id for visit in visits if visit.ticket is not None]
+            self.near.look(pool, ids, self._room_of(visits[0]), self._share)
 
     def _now_in(self, mode: Mode) -> None:
         if mode is self.mode or self.far is None:
             return
         self.mode = mode
         self.mode_since = time.monotonic()
+        where = self.far.client.address.shown
         if mode is Mode.LOCAL:
             logger.warning(
                 "limits: Redis at %s is away; this process goes on with one of %d shares of every limit",
-                self.far.client.address.shown,
+                where,
                 self.gateways,
             )
         else:
-            logger.warning("limits: Redis at %s is back; limits are shared again", self.far.client.address.shown)
+            logger.warning("limits: Redis at %s is back; limits are shared again", where)
+
+    async def say_goodbye(self) -> None:
+        """Tell Redis what it has not been told yet, if it listens."""
+        if self.far is not None and self.far.client.available:
+            await self._tell_untold(self.far)
 
     async def _tell_untold(self, far: Far) -> None:
         while self._untold and far.client.available:
-            batch = [self._untold.popleft() for _ in range(min(len(self._untold), 256))]
+            batch = [self._untold.popleft() for _ in range(min(len(self._untold), AT_ONCE))]
             answers = await asyncio.gather(*(say(far) for say in batch), return_exceptions=True)
-            failed = [say for say, answer in zip(batch, answers, strict=True) if isinstance(answer, StoreError)]
-            self._untold.extendleft(reversed(failed))
-            if failed:
+            kept = [say for say, answer in zip(batch, answers, strict=True) if isinstance(answer, StoreUnavailable)]
+            for answer in answers:
+                if isinstance(answer, Exception) and not isinstance(answer, StoreUnavailable):
+                    self.dropped += 1
+                    logger.error("limits: Redis refuses a settlement, which is dropped: %s", answer)
+            self._untold.extendleft(reversed(kept))
+            if kept:
                 return
 
-    async def _renew(self, far: Far, visits: Sequence[Visit], now: float) -> None:
+    async def _come_back(self, far: Far, now: float) -> None:
+        """Carry everything to Redis, have it decide again, and carry what has come in between."""
+        await self._carry(far, now)
+        self._now_in(Mode.REDIS)
+        while any(_not_there(visit) for visit in self._visits()):
+            await self._carry(far, now)
+        self._standing_in = False  # from the last look to here nothing was awaited
+        self.near.forget_places()
+        for visit in self._visits():
+            visit.place_near = False
+
+    async def _carry(self, far: Far, now: float) -> None:
+        visits = [visit for visit in self._visits() if not visit.left and not visit.asked]
+        charged = [visit for visit in visits if visit.charged_near or visit.charged_far]
+        await self._renew_leases(far, charged)
+        await self._renew_places(far, [visit for visit in visits if visit.granted])
+        for visit in visits:
+            visit.lease_due_at = now + RENEW_EVERY_S
+        waiting = [visit for visit in visits if _in_line(visit) and not visit.place_far]
+        for some in _chunks(waiting, AT_ONCE):
+            asked = []
+            for visit in some:
+                assert visit.ticket is not None
+                visit.place_far = True
+                asked.append(far.enter(visit.pool, visit.ticket, self._room_of(visit)))
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            for visit, answer in zip(some, answers, strict=True):
+                if isinstance(answer, BaseException):
+                    visit.place_far = False
+                elif not visit.left and not visit.granted:
+                    entry = unpack_entry(answer)
+                    visit.place_far = entry.state is not State.REFUSED
+                    self._after_moving(visit, entry)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+
+    # -- renewing
+
+    async def _renew(self, far: Far, now: float) -> None:
         """Renew leases that are due, and give a sign of life for every request that waits."""
-        due = {visit.id for visit in visits if visit.lease_due_at <= now}
-        held = [visit.held() for visit in visits if visit.id in due and visit.admitted and not visit.near]
-        if held:
-            await far.limits.renew(held, LEASE_US)
+        due: list[Visit] = []
+        waiting: dict[str, list[Visit]] = {}
+        for visit in self._visits():
+            if visit.lease_due_at <= now and not visit.asked:
+                due.append(visit)
+            if _in_line(visit) and visit.place_far:
+                waiting.setdefault(visit.pool, []).append(visit)
+        await self._renew_leases(far, [visit for visit in due if visit.charged_far])
+        await self._renew_places(far, [visit for visit in due if visit.granted])
+        for visit in due:
+            visit.lease_due_at = now + RENEW_EVERY_S
+        for pool, members in waiting.items():
+            await self._renew_waiting(far, pool, members)
+
+    async def _renew_leases(self, far: Far, visits: Sequence[Visit]) -> None:
+        for some in _chunks([visit for visit in visits if visit.scopes], AT_ONCE):
+            live = [visit for visit in some if not visit.left]
+            await far.limits.renew([Held(visit.charge_id, visit.scopes, visit.reserved) for visit in live], LEASE_US)
+            for visit in live:
+                if visit.left:  # while Redis was told; nobody else will tell it
+                    say = partial(_settle, id=visit.charge_id, scopes=visit.scopes, reserved=visit.reserved, used=None)
+                    self._tell(say, visit.pool)
+                else:
+                    visit.charged_far = True
+
+    async def _renew_places(self, far: Far, visits: Sequence[Visit]) -> None:
         by_pool: dict[str, list[Visit]] = {}
         for visit in visits:
-            if visit.ticket is None or visit.room is None or visit.entry is None:
-                continue
-            # Whoever is here because Redis was away goes back there at once.
-            if visit.place_near or not visit.granted or visit.id in due:
+            if visit.ticket is not None:
                 by_pool.setdefault(visit.pool, []).append(visit)
         for pool, members in by_pool.items():
-            await self._renew_places(far, pool, members)
-        for visit in visits:
-            if visit.id in due:
-                visit.lease_due_at = now + RENEW_EVERY_S
+            for some in _chunks(members, AT_ONCE):
+                live = [visit for visit in some if visit.granted and not visit.left]
+                tickets = [visit.ticket for visit in live if visit.ticket is not None]
+                if not live:
+                    continue
+                for visit in live:
+                    visit.place_far = True  # so that leaving meanwhile is told
+                await far.places.renew(pool, self.gateway, tickets, (), self._room_of(live[0]))
 
-    async def _renew_places(self, far: Far, pool: str, members: Sequence[Visit]) -> None:
-        tickets = [visit.ticket for visit in members if visit.granted and visit.ticket is not None]
-        waiting = {visit.id: visit for visit in members if not visit.granted}
-        for visit in members:
-            visit.place_far = True
-        room = members[-1].room
-        assert room is not None
-        for first in range(RENEWED_AT_ONCE, len(tickets), RENEWED_AT_ONCE):
-            await far.places.renew(pool, self.gateway, tickets[first : first + RENEWED_AT_ONCE], (), room)
-        renewal = await far.places.renew(pool, self.gateway, tickets[:RENEWED_AT_ONCE], list(waiting), room)
+    async def _renew_waiting(self, far: Far, pool: str, members: Sequence[Visit]) -> None:
+        by_id = {visit.ticket.id: visit for visit in members if visit.ticket is not None}
+        renewal = await far.places.renew(pool, self.gateway, (), list(by_id), self._room_of(members[0]))
         for id in renewal.granted:
-            self._on_grant(pool, id)
-        for id in renewal.lost:
-            visit = waiting[id]
+            self.granted_far(pool, id)
+        lost = [by_id[id] for id in renewal.lost]
+        for visit in lost:
             if visit.left or visit.granted or visit.ticket is None:
                 continue
-            entry = await far.places.enter(pool, visit.ticket, room)
-            if entry.state is State.GRANTED and not visit.left:
-                self._on_grant(pool, id)
-        for visit in members:
-            if visit.place_near:
-                visit.place_near = False
-                granted = self.places.leave_now(pool, visit.id, self.gateway, None, self._near_room(room))
-                for id in granted.ids:
-                    self._on_grant(pool, id)
-
-    # -- rooms and shares
-
-    def _near_room(self, room: Room) -> Room:
-        if self.far is None:
-            return room
-        share = self.gateways
-        return msgspec.structs.replace(
-            room,
-            requests=max(1, room.requests // share),
-            tokens=None if room.tokens is None else max(1, room.tokens // share),
-            lease_us=FOREVER_US,
-            grant_us=FOREVER_US,
-            gateway_us=FOREVER_US,
-        )
-
-    def _shared(self, scopes: tuple[Scope, ...], share: int) -> tuple[Scope, ...]:
-        """The scopes for charging every request `share` times; remembered, since plans are shared by requests."""
-        key = (id(scopes), share)
-        found = self._shares.get(key)
-        if found is None or found[0] is not scopes:
-            if len(self._shares) > 1000:
-                self._shares.clear()
-            found = self._shares[key] = (scopes, tuple(shared(scope, share) for scope in scopes))
-        return found[1]
+            entry = unpack_entry(await far.enter(pool, visit.ticket, self._room_of(visit)))
+            if not visit.left:
+                self._after_moving(visit, entry)
 
 
-def now_us() -> int:
-    """Microseconds since 1970, by this machine's clock."""
-    return time.time_ns() // 1000
+def _not_there(visit: Visit) -> bool:
+    """Whether a visit has or wants a place that Redis does not know of, or a lease."""
+    if visit.left or visit.asked:
+        return False
+    if visit.charged_near and not visit.charged_far:
+        return True
+    return visit.ticket is not None and not visit.place_far and (visit.granted or _in_line(visit))
 
 
-def times(cost: Cost, factor: int) -> Cost:
-    return Cost(
-        cost.requests * factor, cost.input * factor, cost.output * factor, cost.total * factor, cost.micros * factor
-    )
+def _in_line(visit: Visit) -> bool:
+    return visit.waiter is not None and not visit.waiter.done() and not visit.granted
 
 
-def shared(scope: Scope, share: int) -> Scope:
-    """One of `share` equal parts of a scope, for requests that are charged `share` times.
+def _renamed(id: str) -> str:
+    base, _, number = id.partition("/")
+    return f"{base}/{int(number or 0) + 1}"
 
-    Rates and budgets stay as they are, so that parts smaller than one request are possible: such a request passes when
-    nothing is owed. Of concurrency everybody keeps at least one.
-    """
-    rates = tuple(Rate(rate.unit, rate.per_minute, rate.burst, rate.largest * share) for rate in scope.rates)
-    concurrent = None if scope.concurrent is None else max(1, scope.concurrent // share)
-    return Scope(scope.key, rates, concurrent, scope.budgets, scope.shadow)
+
+def _chunks(visits: Sequence[Visit], size: int) -> Iterable[Sequence[Visit]]:
+    return (visits[first : first + size] for first in range(0, len(visits), size))
 
 
 def _settle(far: Far, *, id: str, scopes: tuple[Scope, ...], reserved: Cost, used: Cost | None) -> asyncio.Future[Any]:

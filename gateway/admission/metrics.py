@@ -157,6 +157,11 @@ def _record_families(admission: Admission) -> Iterator[Metric]:
     yield known
     yield age
     yield failures
+    yield CounterMetricFamily(
+        "tidegate_database_shared",
+        "Times that another gateway with a store of its own was found on the same database.",
+        value=0 if admission.sole is None else admission.sole.lost,
+    )
     yield GaugeMetricFamily(
         "tidegate_spend_waiting_usd", "Spend that is not on record yet.", value=spend.waiting_micros / 1e6
     )

@@ -18,6 +18,7 @@ from gateway.admission.gate import Gate
 from gateway.admission.home import Home
 from gateway.admission.metrics import AdmissionMetrics
 from gateway.admission.records import AdmissionError, Records, admin_routes, pepper_of
+from gateway.admission.sole import SoleUse
 from gateway.admission.spend import SpendKeeper
 from gateway.config import Settings
 from gateway.config.limits import DEFAULT_TENANT
@@ -41,11 +42,11 @@ KEYS_WITHIN_S = 3.0
 class Admission:
     """What one worker needs to let requests in, and its life: `start`, `reload`, `aclose`. Belongs to one event loop.
 
-    `store` is what the workers of this gateway share without Redis; with Redis that is made here. `alone`: this is the
-    only worker. Raises `AdmissionError`.
+    `store` is what the workers of this gateway share without Redis; with Redis that is made here. `workers`:
+    processes of this gateway. Raises `AdmissionError`.
     """
 
-    def __init__(self, settings: Settings, *, store: Store | None = None, alone: bool = True) -> None:
+    def __init__(self, settings: Settings, *, store: Store | None = None, workers: int = 1) -> None:
         self.id = f"gw_{secrets.token_hex(8)}"
         self.far: Far | None = open_far(settings)
         self.store: Store = self.far.store if self.far is not None else store or MemoryStore()
@@ -57,17 +58,27 @@ class Admission:
 
             self.directory = Directory(self.pepper)
         self.records = Records(settings, self.pepper) if needs_database(settings) else None
+        self.sole: SoleUse | None = None
+        if self.records is not None and self.far is None and workers == 1:
+            self.sole = SoleUse(self.records, self.id)
         book = SpendBook()
         self.gate = Gate(
             settings,
-            Home(self.id, self.far, lambda pool, id: self.gate.granted(pool, id)),
+            Home(
+                self.id,
+                self.far,
+                visits=lambda: self.gate.everybody(),
+                room_of=lambda visit: self.gate.room_of(visit),
+                on_grant=lambda pool, id: self.gate.granted(pool, id),
+                workers=workers,
+            ),
             directory=self.directory,
             anonymous=anonymous(settings),
-            planner=Planner(settings, book),
+            planner=Planner(settings, book, secret=self.pepper or b""),
             estimator=Estimator(_tokenizers(settings)),
             spend=SpendKeeper(self.records, book, self.id),
             metrics=AdmissionMetrics(),
-            queues=alone or self.far is not None,
+            queues=workers == 1 or self.far is not None,
         )
         if self.directory is not None:
             self._take_static(settings)
@@ -88,7 +99,9 @@ class Admission:
             self.far.client.on_change = gate.store_changed
             await self._reach_redis(self.far)
         if self.records is not None:
-            await self._open_records(self.records)
+            there = await self._open_records(self.records)
+            if self.sole is not None:
+                await self.sole.start(wait=there)
         if self.directory is not None and self.records is not None:
             from gateway.keys.sync import KeySync
 
@@ -102,7 +115,7 @@ class Admission:
             if not await self.sync.first_load(KEYS_WITHIN_S):
                 logger.warning("keys: they could not be read yet; requests are answered with 503 until they are")
         gate.spend.start()
-        if self.far is not None:
+        if self.far is not None or gate.rooms.queues:
             self._keeping = asyncio.create_task(gate.keep(self._stop), name="gate")
 
     async def _reach_redis(self, far: Far) -> None:
@@ -120,14 +133,16 @@ class Admission:
 
     def _granted(self, message: bytes) -> None:
         pool, _, id = message.decode().partition("\n")
-        self.gate.granted(pool, id)
+        self.gate.home.granted_far(pool, id)
 
-    async def _open_records(self, records: Records) -> None:
+    async def _open_records(self, records: Records) -> bool:
+        """Whether the database answers."""
         from gateway.database.errors import DatabaseError, DatabaseUnavailable
 
         try:
             async with asyncio.timeout(KEYS_WITHIN_S):
                 await asyncio.to_thread(records.database)
+            return True
         except DatabaseError as error:
             # A server may come up later than we do; a file that cannot be opened now will not.
             if self.gate.settings.database.startswith("sqlite:") or not isinstance(error, DatabaseUnavailable):
@@ -135,6 +150,7 @@ class Admission:
             logger.warning("database: %s; it is asked again", error)
         except TimeoutError:
             logger.warning("database: no answer within %g s; it is asked again", KEYS_WITHIN_S)
+        return False
 
     def admin_routes(self) -> list[Route]:
         """The operators' routes for keys and tenants of this worker, when it is the only one."""
@@ -146,9 +162,19 @@ class Admission:
 
     def reload(self, settings: Settings) -> None:
         """Go by the new limits, tenants and static keys."""
+        if self.records is None and needs_database(settings):
+            logger.warning(
+                "reload: this gateway began without limits of money: until a restart, new ones are counted in memory "
+                "only, from zero"
+            )
         self.gate.reload(settings, anonymous(settings))
         if self.directory is not None:
             self._take_static(settings)
+
+    def stop_waiting(self) -> None:
+        """End a start that waits for another gateway."""
+        if self.sole is not None:
+            self.sole.stop_waiting()
 
     async def aclose(self) -> None:
         """Settle with the database and close everything but the store."""
@@ -161,6 +187,8 @@ class Admission:
         if self.sync is not None:
             await self.sync.aclose()
         await self.gate.spend.aclose()
+        if self.sole is not None:
+            await self.sole.aclose()
         if self.records is not None:
             await asyncio.to_thread(self.records.close)
 

@@ -31,6 +31,8 @@ class Records:
         self._lock = threading.Lock()
         self._database: Database | None = None
         self._closed = False
+        self.shown = settings.database
+        """For messages: there is no password in it."""
 
     def database(self) -> Database:
         """The database, opened now if it is not yet. Blocks. Raises `DatabaseError`."""

@@ -1,4 +1,4 @@
-"""What a client is told whom the queue turns away."""
+"""What a client is told whom the gate turns away, but for limits (`gateway.limits.errors`)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ class QueueFull(GatewayError):
             self.status = 429
             self.code = "queue_full"
             self.type = "requests"
+
+
+class PriceUnknown(GatewayError):
+    """Somebody has a budget, and the model has no price: letting it through would not be counting."""
+
+    status = 403
+    type = "request_forbidden"
+    code = "model_without_price"
+    outcome = Outcome.REJECTED
 
 
 class QueueTimeout(GatewayError):

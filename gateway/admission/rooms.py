@@ -19,7 +19,7 @@ class Rooms:
     """
 
     def __init__(self, *, queues: bool, shared: bool) -> None:
-        self._queues = queues
+        self.queues = queues
         self._leases = {} if shared else {"lease_us": FOREVER_US, "grant_us": FOREVER_US, "gateway_us": FOREVER_US}
         self._known: dict[str, tuple[Pool, float, Room | None]] = {}
 
@@ -34,7 +34,7 @@ class Rooms:
 
     def _read(self, pool: Pool, now: float) -> Room | None:
         queue = pool.settings.queue
-        if not self._queues or queue.enabled is False:
+        if not self.queues or queue.enabled is False:
             set_ceilings(pool.replicas, None)
             return None
         requests, tokens = pool_capacity(pool.replicas, queue.headroom, now)

@@ -7,6 +7,7 @@ import msgspec
 from backends.usage import Usage
 from gateway import usage as pricing
 from gateway.admission.visit import Visit
+from gateway.limits.estimate import Estimator
 from gateway.record import Exchange, Outcome
 from gateway.store.limits import Cost
 
@@ -20,18 +21,23 @@ class Settlement(msgspec.Struct, frozen=True):
     """In VTC's units, for the tenant's turn in the queue."""
 
 
-def settlement(visit: Visit, exchange: Exchange) -> Settlement | None:
+def settlement(visit: Visit, exchange: Exchange, estimator: Estimator) -> Settlement | None:
     """None: as if the request had never been, since it was turned away before anything was sent.
 
-    Without a usage report (the client left, the stream broke) the prompt is charged as estimated and the output by the
-    content events that were relayed, one token each, which is what engines send; the record says that it is an
-    estimate. A request that failed without content is counted, and charged no tokens.
+    Without a usage report (the client left, the stream broke) the prompt is charged as estimated, and the output by
+    what was relayed: the bytes of its text, at what this model's tokens have lately been worth. Of an answer that was
+    to come whole nothing is relayed before its end, however long the model has worked on it: it is charged what was
+    expected of it. The record says that it is an estimate. A request that failed without content is counted, and
+    charged no tokens.
     """
     if exchange.attempts == 0:
         return None
     usage = exchange.usage
     if usage is None and exchange.outcome not in _NOTHING_USED and (exchange.dispatched_at is not None):
-        usage = Usage(visit.estimate.input, exchange.content_events, None)
+        output = visit.estimate.output
+        if exchange.stream:
+            output = estimator.relayed(visit.order.route.model, exchange.content_events, exchange.content_bytes)
+        usage = Usage(visit.estimate.input, output, None)
         exchange.usage = usage
         exchange.usage_estimated = True
     if usage is None:

@@ -62,6 +62,11 @@ class SpendKeeper:
         self._day = ("", "", 0.0)
 
     @property
+    def recording(self) -> bool:
+        """Whether what is spent is put on record."""
+        return self._records is not None
+
+    @property
     def waiting_micros(self) -> int:
         """Spend that is not on record yet."""
         sending = {} if self._sending is None else self._sending[1]

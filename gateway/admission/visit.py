@@ -4,94 +4,56 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from gateway.keys.principal import Principal
 from gateway.limits.estimate import Estimate
 from gateway.limits.plan import Plan
 from gateway.order import Order
 from gateway.record import Exchange
-from gateway.store.limits import Admission, Cost, Held, Scope
+from gateway.store.limits import Admission, Cost, Scope
 from gateway.store.places import Entry, Room, Ticket
 
 
-class Visit:
+class Visit(msgspec.Struct, eq=False):
     """Made by `Gate.visit`; `Gate.leave` ends it, exactly once, whatever has happened in between."""
 
-    __slots__ = (
-        "admission",
-        "asked",
-        "entered_at",
-        "entry",
-        "estimate",
-        "exchange",
-        "granted",
-        "id",
-        "lease_due_at",
-        "left",
-        "max_wait_s",
-        "near",
-        "order",
-        "place_far",
-        "place_near",
-        "plan",
-        "pool",
-        "principal",
-        "reserved",
-        "room",
-        "scopes",
-        "share",
-        "ticket",
-        "waiter",
-    )
-
-    def __init__(
-        self,
-        id: str,
-        order: Order,
-        principal: Principal,
-        exchange: Exchange,
-        plan: Plan,
-        estimate: Estimate,
-        reserved: Cost,
-    ) -> None:
-        self.id = id
-        """What the store knows it by."""
-        self.order = order
-        self.principal = principal
-        self.exchange = exchange
-        self.plan = plan
-        self.scopes: tuple[Scope, ...] = plan.scopes
-        """Where it is charged; empty: nothing limits it."""
-        self.estimate = estimate
-        self.reserved = reserved
-        self.pool = ""
-        """The pool where it has or wants a place; empty: none is needed."""
-        self.ticket: Ticket | None = None
-        self.room: Room | None = None
-        self.max_wait_s = 0.0
-        self.near = True
-        """Charged in this process, not in Redis."""
-        self.place_near = False
-        """Known to this process' line: has or wants a place there."""
-        self.place_far = False
-        """Known to the line in Redis, or perhaps known there."""
-        self.share = 1
-        """Reserved here as one of so many gateways: costs count that many times."""
-        self.asked = False
-        """Redis was asked, and has not answered yet."""
-        self.admission: Admission | None = None
-        self.entry: Entry | None = None
-        self.granted = False
-        self.waiter: asyncio.Future[None] | None = None
-        self.entered_at = 0.0
-        self.lease_due_at = 0.0
-        """When its leases have to be renewed, in `time.monotonic()` seconds."""
-        self.left = False
-
-    @property
-    def admitted(self) -> bool:
-        """Whether something is charged that has to be settled."""
-        return self.admission is not None and self.admission.admitted
-
-    def held(self) -> Held:
-        """The reservation, as a renewal tells it to the store."""
-        return Held(self.id, self.scopes, self.reserved)
+    id: str
+    """What the store knows it by."""
+    order: Order
+    principal: Principal
+    exchange: Exchange
+    plan: Plan
+    estimate: Estimate
+    reserved: Cost
+    scopes: tuple[Scope, ...]
+    """Where it is charged; empty: nothing limits it."""
+    pool: str = ""
+    """The pool where it has or wants a place; empty: none is needed."""
+    ticket: Ticket | None = None
+    room: Room | None = None
+    max_wait_s: float = 0.0
+    near: bool = False
+    """Decided in this process, not by Redis."""
+    charge_id: str = ""
+    """What Redis knows its reservations by."""
+    charged_near: bool = False
+    """Reserved in this process, or carried here, so that there is something to settle."""
+    charged_far: bool = False
+    """The same in Redis."""
+    place_near: bool = False
+    """Known to this process' line: has or wants a place there."""
+    place_far: bool = False
+    """Known to the line in Redis, or perhaps known there."""
+    share: int = 1
+    """Reserved here as one of so many gateways: costs count that many times."""
+    asked: bool = False
+    """Redis was asked, and has not answered yet."""
+    admission: Admission | None = None
+    entry: Entry | None = None
+    granted: bool = False
+    waiter: asyncio.Future[None] | None = None
+    entered_at: float = 0.0
+    lease_due_at: float = 0.0
+    """When its leases have to be renewed, in `time.monotonic()` seconds."""
+    left: bool = False

@@ -15,6 +15,7 @@ from gateway.database.engine import WITHIN_S, Engine
 from gateway.database.errors import DatabaseInvalid
 from gateway.database.keys import Keys, Tenants
 from gateway.database.migrate import migrate
+from gateway.database.sole import Sole
 from gateway.database.spend import Spend
 from gateway.database.tables import counters
 
@@ -22,14 +23,19 @@ from gateway.database.tables import counters
 class Database:
     """Open, and of this version's revision. Every method blocks, and may be called from any thread."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: Engine, clock: Callable[[], float], made: bool = False) -> None:
         self._engine = engine
         self.url_shown = engine.address.shown
         """For messages."""
+        self.place = engine.address.place
+        """The same for operators: the absolute path of a SQLite file."""
+        self.made = made
+        """Whether there was nothing in it when it was opened."""
         self.keys = Keys(engine, clock)
         self.tenants = Tenants(engine, clock)
         self.spend = Spend(engine, clock)
         self.audit = Audit(engine, clock)
+        self.sole = Sole(engine, clock)
 
     @classmethod
     def open(
@@ -46,11 +52,11 @@ class Database:
         """
         engine = Engine(parse(url), password, within_s)
         try:
-            migrate(engine)
+            made = migrate(engine)
         except BaseException:
             engine.close()
             raise
-        return cls(engine, clock)
+        return cls(engine, clock, made)
 
     def confirm_pepper(self, pepper: bytes) -> None:
         """Make sure that the keys in here were made with this pepper. Raises `DatabaseInvalid` if they were not.
@@ -67,7 +73,7 @@ class Database:
                 raise DatabaseInvalid(
                     self.url_shown,
                     f"its {row.live_keys} keys were made with another pepper: put keys.pepper, or the file that held "
-                    "it, back as it was",
+                    "it, back as it was; if it is lost, revoke them all and issue new ones",
                 )
             connection.execute(counters.update().where(counters.c.id == 1).values(pepper_check=check))
 

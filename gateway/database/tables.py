@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, LargeBinary, MetaData, String, Table, Text
 
-REVISION = "0001"
+REVISION = "0002"
 """The revision that this program reads and writes."""
 SCHEMA_TABLE = "tidegate_schema"
 """Where alembic keeps the database's own revision."""
@@ -95,4 +95,19 @@ audit = Table(
     Column("action", String(64), nullable=False),
     Column("object", Text, nullable=False),
     Column("diff", Text, nullable=False),
+)
+
+sole = Table(
+    "tidegate_sole",
+    metadata,
+    # At most one row, of the gateway that counts limits in its own memory: see `sole`.
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("gateway", String(64), nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", BigInteger, nullable=False),
+    Column("machine", Text, nullable=False),
+    Column("process_started", BigInteger, nullable=False),
+    Column("since_unix_s", Float, nullable=False),
+    Column("renewed_unix_s", Float, nullable=False),
+    Column("renewals", BigInteger, nullable=False),
 )

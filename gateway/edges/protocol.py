@@ -209,7 +209,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if len(self._open) > _MAX_PIPELINED:
             self._stop(InvalidRequest("Too many pipelined requests.", code="too_many_requests"))
         chunked = length == 0 and any(name == b"transfer-encoding" for name, _ in self.headers)
-        if chunked or length > _FIRST_TAKE_BYTES:
+        if chunked or length > _FIRST_TAKE_BYTES or (length and self.runtime.body_budget.scarce):
             self._know_who_sends_it()
         self._take_budget(min(length, _FIRST_TAKE_BYTES))
         self.expires_at = time.monotonic() + self.limits.body_timeout_s

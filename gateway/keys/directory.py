@@ -15,15 +15,14 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
+from gateway.config.limits import MAX_KEY_BYTES
 from gateway.database.answers import Changes
 from gateway.keys.errors import KeysUnavailable, Unauthenticated
-from gateway.keys.format import digest, well_formed
+from gateway.keys.format import Digester, well_formed
 from gateway.keys.principal import Principal
 from gateway.keys.records import KeyRecord, TenantRecord
 from gateway.limits.sets import LimitSet, overlaid
 
-MAX_KEY_BYTES = 1024
-"""Nothing longer is hashed: keys of ours have 53 bytes, and static ones are bounded by this."""
 _CARRIERS = frozenset((b"authorization", b"x-api-key", b"api-key"))
 """OpenAI's header, Anthropic's and Azure's."""
 _REFUSED = "The API key is missing, or it is not valid. Send a valid one as: Authorization: Bearer <key>."
@@ -79,7 +78,7 @@ class Directory:
     """Tells who a request is from. One event loop's; every method is synchronous."""
 
     def __init__(self, pepper: bytes, *, freshness: Freshness = Freshness.STALE) -> None:
-        self._pepper = pepper
+        self._digest = Digester(pepper).digest
         self._entries: dict[bytes, _Entry] = {}
         self._static: dict[bytes, KeyRecord] = {}
         self._recorded: dict[str, KeyRecord] = {}
@@ -99,14 +98,15 @@ class Directory:
         given = b""
         for name, value in headers:
             if name in _CARRIERS:
-                key = value if name != b"authorization" else _bearer(value)
+                # White space around a value is not part of it (RFC 9110, 5.5), and not every server takes it away.
+                key = value.strip(b" \t") if name != b"authorization" else _bearer(value)
                 if key != given and key:
                     if given:
                         raise Unauthenticated(_REFUSED)
                     given = key
         if not 0 < len(given) <= MAX_KEY_BYTES:
             raise Unauthenticated(_REFUSED)
-        entry = self._entries.get(digest(self._pepper, given), _NOBODY)
+        entry = self._entries.get(self._digest(given), _NOBODY)
         holder = entry.holder
         if entry.until_unix_s <= now_unix_s or holder.merged.disabled:
             # A key of another form cannot have been made since the last reading.
@@ -119,6 +119,13 @@ class Directory:
         if principal.tenant is not holder.merged:
             principal = entry.principal = Principal(principal.key, holder.merged)
         return principal
+
+    def still_valid(self, principal: Principal, now_unix_s: float) -> bool:
+        """Whether the key that was let in is valid now; asked when its request has waited."""
+        if principal.key is None:
+            return True
+        entry = self._entries.get(principal.key.digest, _NOBODY)
+        return entry.until_unix_s > now_unix_s and not entry.holder.merged.disabled
 
     def tenant(self, name: str) -> TenantRecord:
         """The tenant as it is now, configuration and database together; one that nobody has described has no limits."""

@@ -61,6 +61,8 @@ _QUANTILE = 0.9
 _SEED = 10
 """Answers that are kept before the percentile begins to move: the second largest of ten starts it."""
 _MAX_STEP, _MIN_STEP = 0.5, 0.08
+_LAST_UP, _LAST_DOWN = math.exp(_MIN_STEP * _QUANTILE), math.exp(_MIN_STEP * (_QUANTILE - 1))
+"""What a percentile is multiplied by once its steps are the smallest."""
 _MAX_MODELS, _MAX_PAIRS = 4096, 65_536
 
 CountTokens = Callable[[str], int]
@@ -75,8 +77,8 @@ class Estimate(msgspec.Struct, frozen=True):
     chars: int
     """Characters that were counted, for `Estimator.learn`; 0 where they say nothing about the model's tokens."""
     max_tokens: int | None = None
-    """What the body's `max_tokens` has to be made; None: as it is. The key's cap, where more was asked for; in hard
-    mode, what was reserved, where nothing was asked for."""
+    """What the body's `max_tokens` has to be made; None: as it is. Where nothing was asked for: the key's cap, or in
+    hard mode what was reserved. (Where more than the cap was asked for, the cap.)"""
 
 
 class Estimator:
@@ -86,6 +88,8 @@ class Estimator:
     def __init__(self, tokenizers: Mapping[str, CountTokens] | None = None) -> None:
         self._count: Mapping[str, CountTokens] = tokenizers or {}
         self._ratios: dict[str, _Ratio] = {}
+        self._bytes: dict[str, _Ratio] = {}
+        """Bytes of text per token generated."""
         self._outputs: dict[tuple[str, str], _Percentile] = {}
         self._model_outputs: dict[str, _Percentile] = {}
 
@@ -118,7 +122,7 @@ class Estimator:
         `choices` are all answers that are asked for, `model` the model's own name, `key_id` empty without keys, `cap`
         the key's `max_output_tokens`.
         """
-        text = _Text(self._count.get(model) if not hard else None)
+        text = _Text(self._count.get(model) if not hard and self._count else None)
         text.read(fields)
         asked = max_tokens if max_tokens is not None and max_tokens >= 0 else None
         to_set = cap if cap is not None and asked is not None and asked > cap else None
@@ -135,14 +139,21 @@ class Estimator:
             output = self._output(model, key_id)
             if asked is not None and asked < output:
                 output = asked
-            if cap is not None and cap < output:
-                output = cap
+            if cap is not None:
+                if cap < output:
+                    output = cap
+                if asked is None:
+                    to_set = cap
         if path.endswith("/embeddings"):
             output, to_set = 0, None
-        prompt = min(max(prompt, 1), MAX_TOKENS)
-        output = min(output * choices, MAX_TOKENS)
+        if not 1 <= prompt <= MAX_TOKENS:
+            prompt = min(max(prompt, 1), MAX_TOKENS)
+        output *= choices
+        if output > MAX_TOKENS:
+            output = MAX_TOKENS
+        total = prompt + output
         chars = 0 if text.tokens else text.chars
-        return Estimate(prompt, output, min(prompt + output, MAX_TOKENS), chars, to_set)
+        return Estimate(prompt, output, total if total < MAX_TOKENS else MAX_TOKENS, chars, to_set)
 
     def learn(self, model: str, key_id: str, prompt_chars: int, usage: Usage, choices: int = 1) -> None:
         """Take in what an answer that came to its end has used. `prompt_chars` is `Estimate.chars`."""
@@ -153,9 +164,32 @@ class Estimator:
                 _trim(self._ratios, _MAX_MODELS)
             ratio.add(prompt_chars, usage.prompt_tokens)
         if usage.completion_tokens > 0:
-            length = usage.completion_tokens / max(choices, 1)
-            _percentile(self._model_outputs, model, _MAX_MODELS).add(length)
-            _percentile(self._outputs, (key_id, model), _MAX_PAIRS).add(length)
+            length = usage.completion_tokens / choices if choices > 1 else float(usage.completion_tokens)
+            of_model = self._model_outputs.get(model)
+            if of_model is None:
+                of_model = self._model_outputs[model] = _Percentile()
+                _trim(self._model_outputs, _MAX_MODELS)
+            of_model.add(length)
+            of_key = self._outputs.get((key_id, model))
+            if of_key is None:
+                of_key = self._outputs[key_id, model] = _Percentile()
+                _trim(self._outputs, _MAX_PAIRS)
+            of_key.add(length)
+
+    def learn_stream(self, model: str, content_bytes: int, tokens: int) -> None:
+        """Take in how much text a stream had that came to its end with a usage report."""
+        if content_bytes > 0 and tokens > 0:
+            ratio = self._bytes.get(model)
+            if ratio is None:
+                ratio = self._bytes[model] = _Ratio()
+                _trim(self._bytes, _MAX_MODELS)
+            ratio.add(content_bytes, tokens)
+
+    def relayed(self, model: str, events: int, content_bytes: int) -> int:
+        """Tokens that were relayed when nobody has counted them: by the bytes of their text, one an event at least."""
+        ratio = self._bytes.get(model)
+        per_token = FIRST_CHARS_PER_TOKEN if ratio is None else ratio.value
+        return max(events, math.ceil(content_bytes / per_token))
 
     def _output(self, model: str, key_id: str) -> int:
         """The learned percentile of one answer: this key's, else the model's, else `FIRST_OUTPUT`."""
@@ -170,7 +204,7 @@ class _Text:
 
     __slots__ = ("_count", "chars", "media_chars", "media_tokens", "tokens")
 
-    def __init__(self, count: CountTokens | None) -> None:
+    def __init__(self, count: CountTokens | None = None) -> None:
         self._count = count
         self.chars = 0
         self.tokens = 0
@@ -188,9 +222,10 @@ class _Text:
             if prompt is None:
                 prompt = fields.get("input")
             self._prompt(prompt)
-        for name in ("tools", "functions"):
-            if value := fields.get(name):
-                self._tree(value)
+        if value := fields.get("tools"):
+            self._tree(value)
+        if value := fields.get("functions"):
+            self._tree(value)
         if self._count is not None:
             self.chars = 0
 
@@ -289,7 +324,10 @@ class _Ratio:
     def add(self, chars: int, tokens: int) -> None:
         self._chars = self._chars * _FADE + chars
         self._tokens = self._tokens * _FADE + tokens
-        self.value = min(max(self._chars / self._tokens, MIN_CHARS_PER_TOKEN), MAX_CHARS_PER_TOKEN)
+        value = self._chars / self._tokens
+        if value < MIN_CHARS_PER_TOKEN:
+            value = MIN_CHARS_PER_TOKEN
+        self.value = value if value < MAX_CHARS_PER_TOKEN else MAX_CHARS_PER_TOKEN
 
 
 class _Percentile:
@@ -309,17 +347,14 @@ class _Percentile:
                 self.value = max(sorted(self._seen)[-2], 1.0)
                 self._seen = []
             return
-        self._step = max(self._step * _FADE, _MIN_STEP)
-        direction = _QUANTILE if length > self.value else _QUANTILE - 1
-        self.value = min(max(self.value * math.exp(self._step * direction), 1.0), float(MAX_TOKENS))
-
-
-def _percentile(table: dict[Any, _Percentile], key: Any, most: int) -> _Percentile:
-    found = table.get(key)
-    if found is None:
-        found = table[key] = _Percentile()
-        _trim(table, most)
-    return found
+        if self._step > _MIN_STEP:
+            self._step = max(self._step * _FADE, _MIN_STEP)
+            value = self.value * math.exp(self._step * (_QUANTILE if length > self.value else _QUANTILE - 1))
+        else:
+            value = self.value * (_LAST_UP if length > self.value else _LAST_DOWN)
+        if value < 1.0:
+            value = 1.0
+        self.value = value if value < MAX_TOKENS else float(MAX_TOKENS)
 
 
 def _trim(table: dict[Any, Any], most: int) -> None:

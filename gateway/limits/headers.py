@@ -15,19 +15,26 @@ from gateway.store.limits import US_PER_MINUTE, Admission
 Headers = list[tuple[bytes, bytes]]
 
 
-def ratelimit_headers(plan: Plan, admission: Admission) -> Headers:
-    """Three headers for requests and three for tokens, as far as these are limited."""
+def ratelimit_headers(plan: Plan, admission: Admission, share: int = 1) -> Headers:
+    """Three headers for requests and three for tokens, as far as these are limited.
+
+    `share`: the answer charged every request that many times, being one of so many gateways without their store.
+    """
     found: Headers = []
     if plan.requests:
         limit, remaining, reset_us = _tightest(plan.requests, admission)
-        found.append((b"x-ratelimit-limit-requests", b"%d" % limit))
-        found.append((b"x-ratelimit-remaining-requests", b"%d" % remaining))
-        found.append((b"x-ratelimit-reset-requests", go_duration(reset_us)))
+        found += (
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % (remaining // share)),
+            (b"x-ratelimit-reset-requests", go_duration(reset_us)),
+        )
     if plan.tokens:
         limit, remaining, reset_us = _tightest(plan.tokens, admission)
-        found.append((b"x-ratelimit-limit-tokens", b"%d" % limit))
-        found.append((b"x-ratelimit-remaining-tokens", b"%d" % remaining))
-        found.append((b"x-ratelimit-reset-tokens", go_duration(reset_us)))
+        found += (
+            (b"x-ratelimit-limit-tokens", b"%d" % limit),
+            (b"x-ratelimit-remaining-tokens", b"%d" % (remaining // share)),
+            (b"x-ratelimit-reset-tokens", go_duration(reset_us)),
+        )
     return found
 
 
@@ -51,12 +58,14 @@ def go_duration(us: int) -> bytes:
 def _tightest(rates: tuple[Shown, ...], admission: Admission) -> tuple[int, int, int]:
     """Limit, remaining, and microseconds until full, of the rate with the least remaining."""
     marks, now_us = admission.marks_us, admission.now_us
-    limit = least = full_in_us = 0
-    first = True
+    tightest = rates[0]
+    least = full_in_us = 0
     for rate in rates:
         owed_us = marks[rate.index] - now_us
         counted_us = owed_us - rate.rounding_us
-        remaining = rate.burst if counted_us <= 0 else rate.burst + (-counted_us * rate.per_minute // US_PER_MINUTE)
-        if first or remaining < least:
-            first, limit, least, full_in_us = False, rate.limit, remaining, owed_us
-    return limit, max(0, least), max(0, full_in_us)
+        remaining = rate.burst
+        if counted_us > 0:
+            remaining += -counted_us * rate.per_minute // US_PER_MINUTE
+        if remaining < least or rate is rates[0]:
+            tightest, least, full_in_us = rate, remaining, owed_us
+    return tightest.limit, least if least > 0 else 0, full_in_us if full_in_us > 0 else 0

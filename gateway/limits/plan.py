@@ -132,9 +132,16 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
 
 
 class Planner:
-    """Makes plans and keeps them: one that was made before costs two look-ups."""
+    """Makes plans and keeps them: one that was made before costs two look-ups.
 
-    def __init__(self, settings: Settings, book: SpendBook | None = None, max_plans: int = MAX_PLANS) -> None:
+    `secret` is what users' names are digested with, the same in all gateways; without one, whoever guesses a name can
+    find it confirmed in the store.
+    """
+
+    def __init__(
+        self, settings: Settings, book: SpendBook | None = None, max_plans: int = MAX_PLANS, *, secret: bytes = b""
+    ) -> None:
+        self._secret = secret[:64]
         self.book = SpendBook() if book is None else book
         self._max_plans = max_plans
         # By the principal itself: it hashes by identity, and an entry keeps it alive.
@@ -171,7 +178,8 @@ class Planner:
         """The plan with the limits of one end user, whose name goes no further than this; `plan` itself if none."""
         if plan.user is None or not user:
             return plan
-        digest = blake2b(f"{plan.tag} {user}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
+        name = f"{plan.tag} {user}".encode(errors="surrogatepass")
+        digest = blake2b(name, digest_size=8, key=self._secret).hexdigest()
         known = self._with_users.get((plan, digest))
         if known is not None:
             found, version = known

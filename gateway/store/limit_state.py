@@ -65,17 +65,17 @@ class State:
 
     def hold(self, id: str, micros: int, until_us: int) -> None:
         """Start a lease, or let the one that there is run until then."""
-        before = self.held.get(id)
-        if before is None:
+        held, leases = self.held, self.leases
+        if id in held:
+            del leases[bisect_left(leases, (held[id][0], id))]
+        else:
             self.reserved_micros += micros
-        else:
-            del self.leases[bisect_left(self.leases, (before[0], id))]
-        self.held[id] = (until_us, micros)
+        held[id] = (until_us, micros)
         entry = (until_us, id)
-        if not self.leases or entry > self.leases[-1]:
-            self.leases.append(entry)
+        if not leases or entry > leases[-1]:
+            leases.append(entry)
         else:
-            insort(self.leases, entry)
+            insort(leases, entry)
         if until_us > self.lease_until_us:
             self.lease_until_us = until_us
 

@@ -44,6 +44,8 @@ MAX_GONE = 65_536
 """Ids that have left are kept in two generations of a minute each, or of this many."""
 STALE_US = 300_000_000
 """A mean time between releases is forgotten after this time without one in a full pool."""
+TIDY_EVERY_US = 3_600_000_000
+"""Gateways that have been silent for as long are forgotten, when nobody waits."""
 NEVER = 2**62
 
 GRANTED = Entry(State.GRANTED)
@@ -91,6 +93,7 @@ class Line:
         self._released_us = 0
         """The last release since the pool is full; 0: it is not."""
         self._measured_us = 0
+        self._tidied_us = 0
 
     # ---- the operations ----
 
@@ -172,6 +175,8 @@ class Line:
         if self.told:
             answered = set(granted)
             self.told = [grant for grant in self.told if grant.id not in answered]
+        if now_us - self._tidied_us >= TIDY_EVERY_US:
+            self._tidy(now_us)
         return Renewal(tuple(granted), tuple(lost))
 
     def standing(self, now_us: int) -> Standing:
@@ -431,6 +436,12 @@ class Line:
             self._take_out(waiter, granted=False)
         if gateway not in self._by_gateway:
             del self._seen[gateway]
+
+    def _tidy(self, now_us: int) -> None:
+        """Every process that ever served is in `_seen`. With somebody waiting `_bury` removes the silent ones."""
+        self._tidied_us = now_us
+        if not self._waiting:
+            self._seen = {gateway: seen for gateway, seen in self._seen.items() if now_us - seen <= TIDY_EVERY_US}
 
     def _has_left(self, id: str, now_us: int) -> bool:
         if now_us - self._gone_since_us >= REMEMBER_US:

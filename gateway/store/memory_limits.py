@@ -49,8 +49,29 @@ LEASED = 2
 """Put back by a renewal after the store had lost it: a lease and money, but no rates, which time has refilled."""
 
 
+_address = id
+"""Under a name that requests' ids do not hide."""
+
 _Record = tuple[int, Sequence[int], Admission | None]
 """An admission that is not settled yet: until when it is remembered, how each scope was charged, and the answer."""
+
+
+class _Plan:
+    """Scopes made ready, together with what is kept of them, so that the usual request looks nothing up."""
+
+    __slots__ = ("charged", "epoch", "leased", "rates", "rules", "scopes", "simple")
+
+    def __init__(self, scopes: Sequence[Scope]) -> None:
+        self.scopes = scopes
+        self.rules = tuple([rule_of(scope) for scope in scopes])
+        self.charged = (CHARGED,) * len(scopes)
+        self.simple = not any(rule.budgets for rule in self.rules)
+        self.epoch = -1
+        """Of the limiter, when `rates` and `leased` were found: they hold until states are forgotten."""
+        self.rates: tuple[tuple[list[int], int, int, int, int], ...] = ()
+        """For each rate the marks it is one of, unit, per minute, burst, burst in microseconds."""
+        self.leased: tuple[tuple[State, int], ...] = ()
+        """The states with leases, and how many of these there may be; complete if the plan is simple."""
 
 
 class Limiter:
@@ -72,11 +93,20 @@ class Limiter:
         self._ended: dict[str, int] = {}
         """Settled and cancelled ids, and how long they are remembered."""
         self._ends: deque[str] = deque()
-        self._plans: dict[int, tuple[Sequence[Scope], tuple[Rule, ...]]] = {}
+        self._plans: dict[int, _Plan] = {}
+        self._epoch = 0
+        """Counts how often states were forgotten."""
 
     def admit(self, id: str, scopes: Sequence[Scope], cost: Cost, lease_us: int, now_us: int) -> Admission:
         now_us = self._at(now_us)
-        plan = self._plan(scopes)
+        ready = self._plans.get(_address(scopes))
+        if ready is None or ready.scopes is not scopes:
+            ready = self._plan(scopes)
+        if ready.simple and id not in self._records and id not in self._ended:
+            answer = self._admit_at_once(ready, id, cost, lease_us, now_us)
+            if answer is not None:
+                return answer
+        plan = ready.rules
         record = self._records.get(id)
         if record is not None and record[0] > now_us:
             return record[2] if record[2] is not None else self._look(plan, now_us, admitted=True)
@@ -120,9 +150,49 @@ class Limiter:
         self._records[id] = (now_us + RECORD_US, charged, answer)
         return answer
 
+    def _admit_at_once(self, plan: _Plan, id: str, cost: Cost, lease_us: int, now_us: int) -> Admission | None:
+        """`admit` for a new request that nothing speaks against, of scopes without money; None, and nothing is changed,
+        if it is not that simple."""
+        if plan.epoch != self._epoch:
+            self._bind(plan)
+        costs = (cost.requests, cost.input, cost.output, cost.total)
+        marks_us = []
+        for marks, unit, per_minute, burst, burst_us in plan.rates:
+            units = costs[unit]
+            mark_us = marks[unit]
+            if mark_us < now_us:
+                mark_us = now_us
+            mark_us += ceil(units * 6e7 / per_minute)
+            if units > burst or mark_us > now_us + burst_us:
+                return None
+            marks_us.append(mark_us)
+        in_use: list[int] = []
+        for state, concurrent in plan.leased:
+            leases = state.leases
+            live = len(leases)
+            if live >= concurrent or (live and leases[0][0] <= now_us):
+                return None
+            in_use.append(live + 1)
+        for rate, mark_us in zip(plan.rates, marks_us, strict=False):
+            rate[0][rate[1]] = mark_us
+        for state, _ in plan.leased:
+            state.hold(id, cost.micros, now_us + lease_us)
+        answer = Admission(True, now_us, tuple(marks_us), tuple(in_use), ())
+        self._records[id] = (now_us + RECORD_US, plan.charged, answer)
+        return answer
+
+    def _bind(self, plan: _Plan) -> None:
+        rates: list[tuple[list[int], int, int, int, int]] = []
+        leased: list[tuple[State, int]] = []
+        for rule in plan.rules:
+            state = self._state(rule.key)
+            rates += [(state.marks_us, unit, each, burst, most_us) for unit, each, burst, most_us, _ in rule.rates]
+            if rule.concurrent is not None:
+                leased.append((state, rule.concurrent))
+        plan.rates, plan.leased, plan.epoch = tuple(rates), tuple(leased), self._epoch
+
     def settle(self, id: str, scopes: Sequence[Scope], reserved: Cost, used: Cost, now_us: int) -> bool:
-        now_us = self._at(now_us)
-        return self._end(id, scopes, reserved, used, now_us)
+        return self._end(id, scopes, reserved, used, self._at(now_us))
 
     def cancel(self, id: str, scopes: Sequence[Scope], reserved: Cost, now_us: int) -> bool:
         now_us = self._at(now_us)
@@ -136,7 +206,7 @@ class Limiter:
         now_us = self._at(now_us)
         for one in held:
             record = self._records.get(one.id)
-            plan = self._plan(one.scopes)
+            plan = self._plan(one.scopes).rules
             if record is None or record[0] <= now_us:
                 if self._ended.get(one.id, 0) > now_us:
                     continue
@@ -236,7 +306,14 @@ class Limiter:
             return False
         before = (reserved.requests, reserved.input, reserved.output, reserved.total)
         after = (used.requests, used.input, used.output, used.total)
-        for (key, rates, _, budgets, leased, _), how in zip(self._plan(scopes), record[1], strict=False):
+        plan = self._plans.get(_address(scopes))
+        if plan is None or plan.scopes is not scopes:
+            plan = self._plan(scopes)
+        if plan.simple and record[1] is plan.charged:
+            self._end_simply(plan, id, before, after, now_us)
+            self._bury(id, now_us)
+            return True
+        for (key, rates, _, budgets, leased, _), how in zip(plan.rules, record[1], strict=False):
             if not how:
                 continue
             state = self._states.get(key)
@@ -260,6 +337,26 @@ class Limiter:
                     state.budgets[budget[0]] = (period, spent + used.micros, ends_at_us)
         self._bury(id, now_us)
         return True
+
+    def _end_simply(
+        self, plan: _Plan, id: str, before: tuple[int, int, int, int], after: tuple[int, int, int, int], now_us: int
+    ) -> None:
+        """`_end` of what was charged everywhere, in scopes without money."""
+        if plan.epoch != self._epoch:
+            self._bind(plan)
+        for marks, unit, per_minute, _, _ in plan.rates:
+            reserved, used = before[unit], after[unit]
+            if reserved != used:
+                mark_us = marks[unit]
+                if mark_us < now_us:
+                    mark_us = now_us
+                mark_us += ceil(used * 6e7 / per_minute) - ceil(reserved * 6e7 / per_minute)
+                marks[unit] = mark_us if mark_us > now_us else now_us
+        for state, _ in plan.leased:
+            if state.lease_until_us <= now_us:
+                state.drop_all_expired(now_us)
+            else:
+                state.let_go(id)
 
     def _bury(self, id: str, now_us: int) -> None:
         ended, ends = self._ended, self._ends
@@ -298,6 +395,7 @@ class Limiter:
             key = self._rounds.popleft()
             if self._states[key].idle(self._now_us):
                 del self._states[key]
+                self._epoch += 1
             else:
                 self._rounds.append(key)
         for _ in range(min(scopes, len(self._ends))):
@@ -309,16 +407,16 @@ class Limiter:
             for id in [id for id, record in self._records.items() if record[0] <= self._now_us]:
                 del self._records[id]
 
-    def _plan(self, scopes: Sequence[Scope]) -> tuple[Rule, ...]:
+    def _plan(self, scopes: Sequence[Scope]) -> _Plan:
         """Found by identity: callers use the same tuple for many requests."""
-        entry = self._plans.get(id(scopes))
-        if entry is not None and entry[0] is scopes:
-            return entry[1]
-        plan = tuple([rule_of(scope) for scope in scopes])
+        plan = self._plans.get(_address(scopes))
+        if plan is not None and plan.scopes is scopes:
+            return plan
+        plan = _Plan(scopes)
         if isinstance(scopes, tuple):  # a list could change
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            self._plans[id(scopes)] = (scopes, plan)
+            self._plans[_address(scopes)] = plan
         return plan
 
 

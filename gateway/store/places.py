@@ -2,9 +2,9 @@
 
 A pool has places for so many requests and so many KV-cache tokens. When one is free, it goes to the class ("band")
 that is furthest below its guaranteed share among those that wait; within a band tenants take turns by start-time fair
-queueing (Goyal, Vin, Cheng, 1996) with the token cost of VTC (Sheng et al., 2024): a tenant's requests are served in
-the order they came, and the tenant whose next request has the lowest start tag goes first. A place is a lease: a gateway
-that dies gives its places back by running out of time, and its waiting requests are passed over.
+queueing (Goyal, Vin, Cheng, 1996) with the token cost of VTC (Sheng et al., 2024): a tenant's are served in order, and
+the tenant whose next request has the lowest start tag goes first. A place is a lease: a gateway that dies gives its
+places back by running out of time, and its waiting requests are passed over.
 
 `memory_places` is the specification; the Lua scripts under `redis` answer the same. Time is the store's own, in whole
 microseconds. Every operation is idempotent by the request's id.

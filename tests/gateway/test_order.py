@@ -113,11 +113,6 @@ def test_usage_is_hidden_from_streams_that_did_not_ask(fields: dict[str, Any], h
         (CHAT, {}, 1),
         (CHAT, {"n": 3}, 3),
         (CHAT, {"n": None}, 1),
-        (CHAT, {"n": 0}, 1),
-        (CHAT, {"n": -1}, 1),
-        (CHAT, {"n": True}, 1),
-        (CHAT, {"n": "2"}, 2),
-        (CHAT, {"n": 2.0}, 2),
         (CHAT, {"prompt": ["a", "b"]}, 1),
         (COMPLETIONS, {"prompt": "a"}, 1),
         (COMPLETIONS, {"prompt": ["a", "b"]}, 2),
@@ -138,12 +133,30 @@ def test_how_many_choices_must_finish(path: str, fields: dict[str, Any], choices
         ({"max_tokens": 5}, 5),
         ({"max_completion_tokens": 6, "max_tokens": 5}, 6),
         ({"max_completion_tokens": None, "max_tokens": 5}, 5),
-        ({"max_tokens": "5"}, None),
-        ({"max_tokens": True}, None),
+        ({"max_completion_tokens": 1, "max_tokens": 9}, 9),
+        ({"max_tokens": 9, "n_predict": 99}, 99),
+        ({"max_tokens": -1}, None),
+        ({"max_tokens": 5, "n_predict": -1}, None),
     ],
 )
 def test_the_bound_on_output(fields: dict[str, Any], tokens: int | None) -> None:
     assert order(fields).request.max_output_tokens == tokens
+
+
+@pytest.mark.parametrize("value", ["5", " 5 ", "+5", 5.0, 1e4, True, [5], {}])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n_predict", "n", "best_of"])
+def test_what_bounds_the_output_has_to_be_a_whole_number(name: str, value: Any) -> None:
+    assert (refused({name: value}).param, refused({name: value}).code) == (name, "invalid_type")
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_there_is_at_least_one_choice(value: int) -> None:
+    assert refused({"n": value}).param == "n"
+
+
+def test_completions_are_not_bounded_by_the_field_of_chat() -> None:
+    read = order({"prompt": "a", "max_completion_tokens": 1}, COMPLETIONS)
+    assert read.request.max_output_tokens is None
 
 
 @pytest.mark.parametrize("value", [b"", b" ", b",", b" , ,"])

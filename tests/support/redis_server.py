@@ -25,6 +25,8 @@ from typing import Any
 import pytest
 import redis
 
+from backends.launch.tether import tethered
+
 WITHIN_S = 15.0
 
 
@@ -89,7 +91,7 @@ class RedisServer:
         for option in self._options:
             command += [f"--{option[0]}", *option[1:]]
         with open(self.folder / "redis.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(tethered(command), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
             self.wait_until_up()
         except BaseException:

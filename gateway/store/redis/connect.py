@@ -1,15 +1,17 @@
-"""From an address to a connection that commands may be sent on: TLS, Sentinel, AUTH, SELECT."""
+"""From an address to a connection that commands may be sent on: TLS, AUTH, SELECT; Sentinel is redis-py's."""
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gateway.store.protocol import StoreUnavailable
 from gateway.store.redis.address import Address
 from gateway.store.redis.link import Link, Owner, Refused, open_link, open_unix_link
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 SENTINEL_WITHIN_S = 0.3
 """For each sentinel: the next one is asked rather than waiting for one that is gone."""
@@ -32,7 +34,12 @@ class Connector:
     """Opens connections to one address."""
 
     def __init__(self, address: Address, credentials: Credentials) -> None:
+        from gateway.store.redis import library  # here: a process without a Redis must not pay for it
+
         self.address = address
+        self.away = library.AWAY
+        """How a client of `listening` fails when Redis is away."""
+        self._library = library
         self._credentials = credentials
         self._tls: ssl.SSLContext | None = None
         self._sentinels = list(address.hosts) if address.service else []
@@ -45,7 +52,7 @@ class Connector:
         if address.path:
             link = await open_unix_link(owner, timeout_s, address.path)
         else:
-            host, port = await self._primary(owner) if address.service else address.hosts[0]
+            host, port = await self._primary() if address.service else address.hosts[0]
             link = await open_link(owner, timeout_s, host, port, self._context())
         try:
             await self._greet(link)
@@ -70,31 +77,29 @@ class Connector:
             if not str(refused).startswith("NOPERM"):
                 raise
 
-    async def _primary(self, owner: Owner) -> tuple[str, int]:
-        said: list[str] = []
-        for host, port in tuple(self._sentinels):
-            try:
-                async with asyncio.timeout(SENTINEL_WITHIN_S):
-                    reply = await self._ask_sentinel(owner, host, port)
-            except ORDINARY as error:
-                said.append(f"{host}:{port}: {reason_of(error)}")
-                continue
-            if reply is None:
-                said.append(f"{host}:{port}: it knows no {self.address.service}")
-                continue
-            self._sentinels.remove((host, port))
-            self._sentinels.insert(0, (host, port))
-            return reply[0].decode(), int(reply[1])
-        raise Refused(f"no sentinel named a primary ({'; '.join(said)})")
+    async def listening(self, within_s: float) -> Redis:
+        """A client of redis-py's, for messages, not connected yet. Raises `Refused` as `connect` does."""
+        address, given = self.address, self._credentials
+        place = address.path or (await self._primary() if address.service else address.hosts[0])
+        return self._library.client_of(
+            place,
+            within_s=within_s,
+            db=address.db,
+            username=given.username,
+            password=given.password,
+            tls=self._context(),
+        )
 
-    async def _ask_sentinel(self, owner: Owner, host: str, port: int) -> Any:
-        link = await open_link(owner, SENTINEL_WITHIN_S, host, port, self._context())
-        try:
-            if self._credentials.sentinel_password:
-                await link.ask("AUTH", self._credentials.sentinel_password)
-            return await link.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.service)
-        finally:
-            link.close("it has answered")
+    async def _primary(self) -> tuple[str, int]:
+        primary, answered = await self._library.find_primary(
+            self.address.service,
+            self._sentinels,
+            within_s=SENTINEL_WITHIN_S,
+            password=self._credentials.sentinel_password,
+            tls=self._context(),
+        )
+        self._sentinels.sort(key=lambda sentinel: sentinel != answered)
+        return primary
 
     def _context(self) -> ssl.SSLContext | None:
         if self._tls is None and self.address.tls:

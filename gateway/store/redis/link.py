@@ -11,7 +11,7 @@ import re
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
 import hiredis
@@ -76,8 +76,6 @@ class Link(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._late = False
         self.open = True
-        self.on_message: Callable[[list[Any]], None] | None = None
-        """Takes what comes without having been asked for; without it that ends the connection."""
         self.reason = ""
         """Why it was closed."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -119,12 +117,8 @@ class Link(asyncio.Protocol):
             return future
         self._pending.append((future, False))
         self._sent += 1
-        self.tell(*words)
-        return future
-
-    def tell(self, *words: Argument) -> None:
-        """A command whose replies go to `on_message`."""
         self._put(hiredis.pack_command(words))  # type: ignore[arg-type]  # the stub means tuple[..., ...]
+        return future
 
     def close(self, reason: str) -> None:
         """At once. Whoever waits for a reply learns that there will be none."""
@@ -169,9 +163,6 @@ class Link(asyncio.Protocol):
         received = good = 0
         again: list[Call] = []
         while (reply := gets()) is not _NOTHING:
-            if self.on_message is not None and not pending:
-                self.on_message(reply)
-                continue
             if not pending:
                 # a Redis without a free place for a client says so unasked
                 self.close(str(reply) if isinstance(reply, Refused) else "it answered what nobody had asked")

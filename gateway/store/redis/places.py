@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import msgpack
 
 from gateway.store.places import Entry, Granted, Renewal, Room, Standing, State, Ticket
-from gateway.store.redis.client import RedisClient
 from gateway.store.redis.scripts import load
+
+if TYPE_CHECKING:  # what the answers look like is also read where there is no Redis
+    from gateway.store.redis.client import RedisClient
 
 KEYS = (
     *("state", "held", "ends", "queued", "line", "siblings", "seen", "gone", "gone_before"),

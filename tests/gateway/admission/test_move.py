@@ -89,7 +89,7 @@ async def two_pools(folder: Path, **limits: Any) -> AsyncIterator[Runtime]:
 
 
 async def running(runtime: Runtime, pool: str) -> int:
-    return sum((await runtime.gate.home.places.standing(pool)).running)
+    return sum(runtime.gate.home.near.standing(pool).running)
 
 
 async def test_the_first_place_is_free_and_the_second_taken_and_nothing_is_counted_twice(tmp_path: Path) -> None:

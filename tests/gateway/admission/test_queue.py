@@ -195,3 +195,44 @@ async def test_the_class_goes_to_the_engine_and_a_request_can_only_lower_it(tmp_
             assert [record.priority_class for record in await gate.settled(3)] == ["batch", "batch", "critical"]
             refused = await ask(gate, body(), CHAT, bearer(), "x-tidegate-class: first")
             assert (refused.status, refused.json["error"]["param"]) == (400, "x-tidegate-class")
+
+
+async def test_a_key_that_ends_while_its_request_waits_opens_nothing(tmp_path: Path) -> None:
+    async with FakeEngine(hang=True) as engine:
+        backend = {"replicas": [{"url": engine.url, "max_in_flight": 1}]}
+        settings = keyed(tmp_path, [engine.url], static(), static("b", OTHER), backend=backend)
+        async with admitting(settings) as gate, connect(gate.host, gate.port) as holder:
+            await holder.send(post(CHAT, body(), bearer(OTHER)))
+            await engine.received(1)
+            waiting = asyncio.create_task(ask(gate, body(), CHAT, bearer()))
+            await in_line(gate, 1)
+            gate.runtime.reload(keyed(tmp_path, [engine.url], static("b", OTHER), backend=backend))
+            holder.leave("reset")
+            refused = await waiting
+            assert (refused.status, refused.json["error"]["code"]) == (401, "invalid_api_key")
+            assert len(engine.requests) == 1
+            assert not gate.runtime.gate.visits
+
+
+async def test_a_request_whose_only_region_is_full_keeps_nobody_else_from_a_place() -> None:
+    async with FakeEngine(hang=True) as home, FakeEngine() as abroad:
+        replicas = [
+            {"url": home.url, "region": "eu-west", "max_in_flight": 1},
+            {"url": abroad.url, "region": "us-east", "max_in_flight": 1},
+        ]
+        settings = settings_for([], backend={"replicas": replicas})
+        async with admitting(settings) as gate, connect(gate.host, gate.port) as holder:
+            await holder.send(post(CHAT, body(), "x-tidegate-region: eu-west"))
+            await home.received(1)
+            restricted = [
+                asyncio.create_task(ask(gate, body(), CHAT, "x-tidegate-region: eu-west")) for _ in range(3)
+            ]
+            await until(lambda: len(gate.runtime.gate.visits) == 4)
+            for _ in range(5):
+                assert (await ask(gate, body(), CHAT, "x-tidegate-region: us-east")).status == 200
+            home.script = FakeEngine().script
+            holder.leave("reset")
+            replies = await asyncio.gather(*restricted)
+            assert {reply.status for reply in replies} == {200}
+            assert {reply.headers["x-tidegate-region"] for reply in replies} == {"eu-west"}
+            assert not gate.runtime.gate.visits

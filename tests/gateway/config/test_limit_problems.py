@@ -18,7 +18,13 @@ backends:
 """
 """Six lines; what a test adds begins on line 7."""
 
-ENVIRON = {"SHORT": "123456789012345", "LONG": "0123456789abcdef", "OTHER": "fedcba9876543210"}
+ENVIRON = {
+    "SHORT": "123456789012345",
+    "LONG": "0123456789abcdef",
+    "OTHER": "fedcba9876543210",
+    "ENDLESS": "k" * 1025,
+    "PEPPER": "p" * 31,
+}
 
 
 def problems_of(folder: Path, text: str) -> list[Problem]:
@@ -41,7 +47,8 @@ BAD = [
         "database",
         "every gateway that uses one PostgreSQL needs the same keys.pepper",
     ),
-    ("keys: {pepper: {env: SHORT}}", 7, "keys.pepper", "the pepper is shorter than 16 bytes"),
+    ("keys: {pepper: {env: PEPPER}}", 7, "keys.pepper", "the pepper is shorter than 32 bytes"),
+    (static("{name: a, key: {env: ENDLESS}}"), 10, "keys.static[0].key", "the key is longer than 1024 bytes"),
     ("keys: {static: [{name: a, key: {env: LONG}}]}", 7, "keys.static", "auth is insecure, so that nobody is asked"),
     (static("{name: a, key: {env: SHORT}}"), 10, "keys.static[0].key", "the key is shorter than 16 bytes (128 bits)"),
     (static("{name: a, key: 0123456789abcdef}"), 10, "keys.static[0].key", "a literal secret does not belong"),

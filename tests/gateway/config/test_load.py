@@ -41,7 +41,7 @@ OTHER_SECRETS = {
     "NIGHTLY_KEY": "nightly-0123456789",
     "REDIS_PASSWORD": "r",
     "DATABASE_PASSWORD": "d",
-    "KEY_PEPPER": "pepper-0123456789",
+    "KEY_PEPPER": "pepper-" + 25 * "0",
 }
 """What the other examples want."""
 
@@ -267,9 +267,9 @@ def test_a_key_does_not_travel_in_a_header_of_the_gateways_own(name: str) -> Non
 
 def test_a_new_pepper_needs_a_restart_and_new_static_keys_do_not(tmp_path: Path) -> None:
     keys = "auth: keys\nkeys:\n  pepper: {env: PEPPER}\n  static:\n    - {name: a, key: {env: A}, class: batch}\n"
-    old = load(write(tmp_path, MINIMAL + keys), {"PEPPER": "p" * 16, "A": "a" * 16})
+    old = load(write(tmp_path, MINIMAL + keys), {"PEPPER": "p" * 32, "A": "a" * 16})
     text = MINIMAL + keys + "    - {name: b, key: {env: B}}\nstore: redis://r\nredis: {prefix: other}\n"
-    new = load(write(tmp_path, text), {"PEPPER": "q" * 16, "A": "a" * 16, "B": "b" * 16})
+    new = load(write(tmp_path, text), {"PEPPER": "q" * 32, "A": "a" * 16, "B": "b" * 16})
     assert restart_only_changes(old, new) == ["store", "redis.prefix", "keys.pepper"]
     kept = keep_restart_only(old, new)
     assert (kept.store, kept.redis.prefix, kept.keys.pepper) == ("memory", "tidegate", old.keys.pepper)

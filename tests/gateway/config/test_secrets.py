@@ -108,6 +108,11 @@ def test_a_secret_in_an_innocent_place_is_noticed(tmp_path: Path) -> None:
     assert problem.message == "the value looks like a secret: a secret in the wrong place"
 
 
+@pytest.mark.parametrize("text", ["tgk_" + 49 * "a", "key=tgk_Ab3dE6gH", "tg_admin_" + 43 * "-", "tg_pepper_Ab-d_6gH"])
+def test_secrets_of_our_own_look_like_secrets(text: str) -> None:
+    assert looks_secret(text)
+
+
 @pytest.mark.parametrize("text", ["deepseek-ai/DeepSeek-V3", "task-force-one", "risk-analysis", "qwen2.5:7b", "sk-1"])
 def test_ordinary_names_do_not_look_like_secrets(text: str) -> None:
     assert not looks_secret(text)

@@ -34,7 +34,7 @@ def test_file_is_for_its_owner_alone(tmp_path: Path, sqlite_database: Database) 
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatabaseUnavailable, match="there is no directory"):
+    with pytest.raises(DatabaseInvalid, match=f"there is no directory {tmp_path}/none: make it, or change the setting"):
         Database.open(f"sqlite:///{tmp_path}/none/a.db")
     with pytest.raises(DatabaseUnavailable, match="directory"):
         Database.open(f"sqlite:///{tmp_path}")

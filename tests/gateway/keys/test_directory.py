@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.config.limits import MAX_KEY_BYTES
 from gateway.database.answers import Changes
 from gateway.errors import GatewayError
 from gateway.keys.configured import static_records, tenant_records
-from gateway.keys.directory import MAX_KEY_BYTES, Directory, Freshness, merged_tenant
+from gateway.keys.directory import Directory, Freshness, merged_tenant
 from gateway.keys.errors import Forbidden, KeysUnavailable, Unauthenticated
 from gateway.keys.format import digest, mint
 from gateway.keys.principal import ANONYMOUS, Principal, allowed_regions, authorise
@@ -55,6 +56,16 @@ def test_each_header_that_a_client_sends_its_key_in_is_read(header: tuple[str, s
     assert principal.key == record
     assert principal.key_id == record.id
     assert principal.tenant == TenantRecord("acme")
+
+
+@pytest.mark.parametrize("name", [b"x-api-key", b"api-key"])
+def test_white_space_around_a_key_is_not_part_of_it(name: bytes) -> None:
+    key, record = made()
+    directory = directory_of(record)
+    for value in (f"{key} ", f"{key}\t", f" \t{key} \t "):
+        assert directory.authenticate([(name, value.encode())], NOW).key == record
+        assert directory.authenticate([*bearing(key), (name, value.encode())], NOW).key == record
+    assert refusal(directory, [(name, b" \t")])[0] == 401
 
 
 def test_one_key_in_two_headers_is_one_key_and_two_keys_are_none() -> None:

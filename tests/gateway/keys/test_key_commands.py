@@ -18,7 +18,7 @@ from gateway.keys.commands import run
 from gateway.keys.directory import Directory, Freshness
 from gateway.keys.format import well_formed
 from gateway.keys.moments import parse_moment, parse_span_s, shown
-from gateway.keys.pepper import load_pepper
+from gateway.keys.pepper import PepperError, load_pepper
 from tests.gateway.keys.records_of_tests import bearing
 from tests.support.command import run_tidegate, write_config
 
@@ -153,9 +153,10 @@ def test_everything_that_a_key_may_be_bound_to(capsys: Said, url: str) -> None:
         "metadata": {"team": "x", "note": "a=b"},
     }
     assert {name: made[name] for name in expected} == expected
-    assert set(made) == {*expected, "key", "id", "created"}
+    assert set(made) == {*expected, "key", "id", "created", "database"}
+    assert f"sqlite:///{made['database']}" == url
     shown = ordered(capsys, "keys", "show", made["id"])
-    assert shown == {name: value for name, value in made.items() if name != "key"}
+    assert shown == {name: value for name, value in made.items() if name not in ("key", "database")}
     assert (record.id, record.priority_class, record.limits.usd_per_month) == (made["id"], "batch", 12.5)
     assert ordered(capsys, "tenants", "show", "acme")["weight"] == 1.0  # made with its first key
 
@@ -219,6 +220,7 @@ def test_tenants_are_set_field_by_field_and_raised_for_a_time(capsys: Said, url:
     ordered(capsys, "tenants", "set", "acme", "--user-limit", "requests_per_minute=3")
     ordered(capsys, "tenants", "set", "acme", "--model-limit", "ollama:7b:tokens_per_minute=9")
     tenant = ordered(capsys, "tenants", "raise", "acme", "--limit", "usd_per_day=50", "--until", "2099-01-01")
+    assert f"sqlite:///{tenant.pop('database')}" == url
     assert tenant == {
         "name": "acme",
         "weight": 2.5,
@@ -305,9 +307,10 @@ def test_an_error_is_json_where_json_is_asked_for(capsys: Said) -> None:
 
 def test_a_database_in_a_directory_that_is_missing_is_named(capsys: Said, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("TIDEGATE_DATABASE", f"sqlite:///{tmp_path}/nowhere/keys.db")
-    code, said = refused(capsys, "keys", "list")
-    assert code == 1
-    assert f"there is no directory {tmp_path}/nowhere" in said
+    for arguments in (["list"], ["create", "--tenant", "acme"]):
+        code, said = refused(capsys, "keys", *arguments)
+        assert code == 2
+        assert f"there is no directory {tmp_path}/nowhere: make it, or change the setting database" in said
 
 
 def test_a_file_that_is_no_database_is_named(capsys: Said, tmp_path: Path) -> None:
@@ -324,12 +327,35 @@ def test_a_server_that_does_not_answer_is_named(capsys: Said, monkeypatch: pytes
     assert "127.0.0.1:9" in said
 
 
-def test_keys_are_not_made_with_another_pepper_than_before(capsys: Said, tmp_path: Path) -> None:
+def test_keys_are_not_made_with_another_pepper_than_before(capsys: Said, tmp_path: Path, monkeypatch: Any) -> None:
     ordered(capsys, "keys", "create", "--tenant", "acme")
-    (tmp_path / "keys.db.pepper").unlink()
+    monkeypatch.setenv("TIDEGATE_KEYS__PEPPER", "p" * 32)
     code, said = refused(capsys, "keys", "create", "--tenant", "acme")
     assert code == 2
     assert "another pepper" in said
+
+
+def test_a_lost_pepper_is_not_replaced_before_the_keys_are_gone(capsys: Said, tmp_path: Path, url: str) -> None:
+    made = ordered(capsys, "keys", "create", "--tenant", "acme")
+    file = tmp_path / "keys.db.pepper"
+    pepper = file.read_bytes()
+    file.unlink()
+    for action in (["create", "--tenant", "acme"], ["rotate", made["id"]]):
+        code, said = refused(capsys, "keys", *action)
+        assert code == 2
+        assert f"{file}, is gone" in said
+        assert "put the file back" in said
+    with pytest.raises(PepperError, match="is gone"):
+        load_pepper(None, url)
+    assert not file.exists()
+    file.write_bytes(pepper)
+    file.chmod(0o600)
+    assert opens(url, made["key"])
+    file.unlink()
+    ordered(capsys, "keys", "revoke", made["id"])
+    new = ordered(capsys, "keys", "create", "--tenant", "acme")
+    assert file.read_bytes() != pepper
+    assert opens(url, new["key"])
 
 
 def test_a_configuration_names_the_database_and_is_held_against_what_is_ordered(
@@ -378,10 +404,17 @@ def test_spans(text: str, seconds: float) -> None:
     assert parse_span_s(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "5", "-1h", "1y", "1h30m", "h", "1e3s", "٣h", "999999999w"])
+@pytest.mark.parametrize("text", ["", "5", "-1h", "1y", "1h30m", "h", "1e3s", "٣h"])
 def test_what_is_no_span(text: str) -> None:
     with pytest.raises(ValueError, match="write a number and s, m, h, d or w"):
         parse_span_s(text)
+
+
+@pytest.mark.parametrize("text", ["999999w", "36526d"])
+def test_a_span_that_is_too_long_is_called_so(text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is too long: write at most 100 years, which are 36525d"):
+        parse_span_s(text)
+    assert parse_span_s("36525d") == 36_525 * 86_400
 
 
 def test_moments() -> None:

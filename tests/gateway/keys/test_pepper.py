@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from gateway.config.limits import MIN_PEPPER_BYTES
 from gateway.keys.pepper import PepperError, load_pepper
 
 
@@ -21,6 +22,19 @@ def test_short_one_is_refused_and_not_repeated() -> None:
     with pytest.raises(PepperError) as caught:
         load_pepper(SecretStr("hunter2"), "sqlite:///a.db")
     assert "hunter2" not in str(caught.value)
+
+
+def test_the_shortest_is_what_the_check_of_the_configuration_says() -> None:
+    load_pepper(SecretStr("p" * MIN_PEPPER_BYTES), "sqlite:///a.db")
+    with pytest.raises(PepperError, match=f"fewer than {MIN_PEPPER_BYTES} bytes"):
+        load_pepper(SecretStr("p" * (MIN_PEPPER_BYTES - 1)), "sqlite:///a.db")
+
+
+def test_none_is_made_beside_a_database_that_cannot_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.db").write_bytes(b"no database at all, " * 100)
+    with pytest.raises(PepperError, match="cannot be used"):
+        load_pepper(None, f"sqlite:///{tmp_path}/a.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.db"]
 
 
 def test_file_is_made_once_for_the_owner_alone(tmp_path: Path) -> None:
@@ -61,5 +75,5 @@ def test_postgresql_needs_a_configured_one() -> None:
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PepperError, match="No such file"):
+    with pytest.raises(PepperError, match=f"database: .* there is no directory {tmp_path}/none: make it"):
         load_pepper(None, f"sqlite:///{tmp_path}/none/a.db")

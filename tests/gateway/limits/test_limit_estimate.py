@@ -107,7 +107,7 @@ def test_output_is_capped_by_the_request_and_by_the_key() -> None:
         )
     ]
     first = FIRST_OUTPUT
-    assert found == [(100, None), (300, None), (0, None), (first, None), (50, None), (50, 50), (first, None)]
+    assert found == [(100, None), (300, None), (0, None), (first, None), (50, 50), (50, 50), (first, None)]
 
 
 def test_hard_mode_reserves_all_that_is_possible() -> None:

@@ -162,7 +162,7 @@ async def test_workers_see_each_others_facts_in_the_store_they_are_told_of(
     """Workers as the supervisor starts them, but for what they say; this test is the supervisor."""
     path, _ = served
     settings = settings_for(["http://127.0.0.1:9"], shutdown={"grace_s": 0, "drain_s": 1})
-    begin = control.encode(control.Begin(os.getpid(), settings, path))
+    begin = control.encode(control.Begin(os.getpid(), settings, 1, path))
     async with AsyncExitStack() as at_exit:
         for_clients = at_exit.enter_context(bind_tcp("127.0.0.1", 0, "server.port"))
         workers: list[asyncio.subprocess.Process] = []

@@ -92,7 +92,7 @@ local function enter()
 end
 
 open_state()
-call('ZADD', SEEN, whole(now), ticket[GATEWAY])
+see(ticket[GATEWAY])
 expire()
 local answer = enter()
 if #told > 0 then

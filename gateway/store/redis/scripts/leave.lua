@@ -15,7 +15,7 @@ local function measure()
 end
 
 open_state()
-call('ZADD', SEEN, whole(now), gateway)
+see(gateway)
 local ticket = call('HGET', HELD, id)
 if ticket then
   if sum(WAITING) > 0 or sum(RUNNING) >= room[PLACES] then measure() else s[RELEASED] = 0 end

@@ -15,6 +15,7 @@ local FINISH = {KEYS[14], KEYS[15], KEYS[16], KEYS[17]}
 local VIRTUAL, TURN, RUNNING, TOKENS, WAITING = 0, 4, 8, 12, 16
 local PASSED = 28
 local NUMBER, GRANTS, INTERVAL, RELEASED, MEASURED, GONE_SINCE, GONE_COUNT, NEXT_END = 21, 22, 23, 24, 25, 26, 27, 28
+local TIDIED = 33
 -- Positions in a ticket and a room.
 local ID, GATEWAY, TENANT, WEIGHT, BAND, COST, KV, MAX_WAIT, UNCONFIRMED = 1, 2, 3, 4, 5, 6, 7, 8, 8
 local PLACES, LIMIT, SHARES, MAX_WAITING, MAX_PER_TENANT, LEASE, GRANT, SILENCE = 1, 2, 3, 4, 5, 6, 7, 8
@@ -22,6 +23,10 @@ local UNITS, MAX_CHARGE, TURN_UNITS = 1000, 1099511627776, 1000000
 local TRIM_EVERY, REBASE_AT, BATCH = 1024, 2251799813685248, 64
 local REMEMBER, MAX_GONE, STALE, NEVER = 60000000, 65536, 300000000, 9007199254740992
 local REMEMBER_MS = '180000' -- a generation that nobody turns over ends by itself
+local TIDY_EVERY = 3600000000
+-- A day and an hour, from when a key is made or tidied on: longer than any request, and then a pool that nobody uses any
+-- more is gone. Who uses it renews, which tidies. A key that ran empty is another when it is written to again.
+local KEEP_S = '90000'
 
 local call, pack, unpack_ = redis.call, cmsgpack.pack, cmsgpack.unpack
 local floor, max, min = math.floor, math.max, math.min
@@ -67,11 +72,28 @@ local function open_state()
     end
   end
   call('UNLINK', HELD, ENDS, QUEUED, LINE, SIBLINGS, unpack(KEYS, 10, 17))
-  s = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, NEVER, 0, 0, 0, 0}
+  s = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, NEVER, 0, 0, 0, 0, 0}
 end
 
 local function save()
-  call('SET', STATE, pack(s))
+  call('SET', STATE, pack(s), 'EX', KEEP_S)
+end
+
+local function see(gateway)
+  if call('ZADD', SEEN, whole(now), gateway) == 1 then call('EXPIRE', SEEN, KEEP_S) end
+end
+
+local function set_finish(band, tenant, finish)
+  if call('ZADD', FINISH[band], whole(finish), tenant) == 1 then call('EXPIRE', FINISH[band], KEEP_S) end
+end
+
+local function tidy()
+  if now - (s[TIDIED] or 0) < TIDY_EVERY then return end
+  s[TIDIED] = now
+  for i = 2, #KEYS do
+    if i ~= 8 and i ~= 9 then call('EXPIRE', KEYS[i], KEEP_S) end
+  end
+  if sum(WAITING) == 0 then call('ZREMRANGEBYSCORE', SEEN, '-inf', '(' .. whole(now - TIDY_EVERY)) end
 end
 
 local function charge(cost, weight)
@@ -96,7 +118,7 @@ local function correct(band, tenant, by)
     finish = s[VIRTUAL + band]
   end
   local corrected = finish + by
-  call('ZADD', FINISH[band], whole(corrected), tenant)
+  set_finish(band, tenant, corrected)
   local entry = s[WAITING + band] > 0 and first_entry(tenant, band)
   if entry then
     local head = number_of(entry) .. tenant
@@ -119,19 +141,23 @@ local function trim(band)
 end
 
 local function hold(ticket, tokens, ends, unconfirmed)
-  local band = ticket[BAND] + 1
+  local band, first = ticket[BAND] + 1, sum(RUNNING) == 0
   s[RUNNING + band] = s[RUNNING + band] + 1
   s[TOKENS + band] = s[TOKENS + band] + tokens
   ticket[KV], ticket[UNCONFIRMED] = tokens, unconfirmed
   call('HSET', HELD, ticket[ID], pack(ticket))
   call('ZADD', ENDS, whole(ends), ticket[ID])
+  if first then
+    call('EXPIRE', HELD, KEEP_S)
+    call('EXPIRE', ENDS, KEEP_S)
+  end
   s[NEXT_END] = min(s[NEXT_END], ends)
 end
 
 local function grant(ticket, tokens, start, ends, unconfirmed)
   local band = ticket[BAND] + 1
   s[VIRTUAL + band] = start
-  call('ZADD', FINISH[band], whole(start + charge(ticket[COST], ticket[WEIGHT])), ticket[TENANT])
+  set_finish(band, ticket[TENANT], start + charge(ticket[COST], ticket[WEIGHT]))
   hold(ticket, tokens, ends, unconfirmed)
   s[GRANTS] = s[GRANTS] + 1
   if s[GRANTS] % TRIM_EVERY == 0 then
@@ -194,11 +220,15 @@ function open_queue()
     end
     if s[WAITING + band] == 0 or not first_entry(tenant, band) then
       call('ZADD', HEADS[band], whole(start_of(band, tenant)), number .. tenant)
+      if s[WAITING + band] == 0 then call('EXPIRE', HEADS[band], KEEP_S) end
     end
     local entry = table.concat({tenant, band - 1, number, pack(ticket)}, '\0')
     call('ZADD', LINE, 0, entry)
     call('HSET', QUEUED, ticket[ID], entry)
     call('ZADD', SIBLINGS, 0, ticket[GATEWAY] .. '\0' .. number .. '\0' .. ticket[ID])
+    if sum(WAITING) == 0 then
+      for i = 4, 6 do call('EXPIRE', KEYS[i], KEEP_S) end
+    end
     s[WAITING + band] = s[WAITING + band] + 1
     return entry
   end
@@ -211,12 +241,12 @@ function open_queue()
     call('ZREM', SIBLINGS, ticket[GATEWAY] .. '\0' .. number .. '\0' .. ticket[ID])
     local start = call('ZSCORE', HEADS[band], head)
     if start then
-      call('ZREM', HEADS[band], head)
       local successor = first_entry(tenant, band)
       if successor then
         if granted then start = whole(start_of(band, tenant)) end
         call('ZADD', HEADS[band], start, number_of(successor) .. tenant)
       end
+      call('ZREM', HEADS[band], head) -- last: the key must not run empty in between
     end
     s[WAITING + band] = s[WAITING + band] - 1
     if sum(WAITING) == 0 then

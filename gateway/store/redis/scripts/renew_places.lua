@@ -3,7 +3,7 @@
 -- include: places
 local prefix, pool, room, gateway, count = ARGV[1], ARGV[2], unpack_(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 open_state()
-call('ZADD', SEEN, whole(now), gateway)
+see(gateway)
 local ends = now + room[LEASE]
 local ends_text = whole(ends)
 for a = 6, 5 + 2 * count, 2 do
@@ -44,5 +44,6 @@ end
 if #told > 0 then
   publish(prefix, pool, function(_, id) return answered[id] end)
 end
+tidy()
 save()
 return {granted, lost}

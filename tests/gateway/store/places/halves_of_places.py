@@ -114,11 +114,13 @@ class MemoryHalf:
         return {
             "numbers": [getattr(band, name) for name in BY_BAND for band in bands]
             + [line._number, line._grants, line._interval_us, line._released_us, line._measured_us]
-            + [band.passed for band in bands],
+            + [band.passed for band in bands]
+            + [line._tidied_us],
             "finish": [band.finish for band in bands],
             "heads": [[(head.start, head.number, head.tenant) for head in band.heads] for band in bands],
             "held": {id: place.ends_us for id, place in line._held.items()},
             "queued": {id: waiter.number for id, waiter in line._queued.items()},
+            "seen": dict(line._seen),
         }
 
 
@@ -174,8 +176,9 @@ class RedisHalf:
                     pipe.zrange(self.key(f"{name}{band}"), 0, -1, withscores=True)
             pipe.zrange(self.key("ends"), 0, -1, withscores=True)
             pipe.hgetall(self.key("queued"))
+            pipe.zrange(self.key("seen"), 0, -1, withscores=True)
             answers: list[Any] = pipe.execute()
-        state = msgspec.msgpack.decode(answers[0]) if answers[0] else [0] * 32
+        state = msgspec.msgpack.decode(answers[0]) if answers[0] else [0] * 33
         assert all(isinstance(value, int) for value in state)
         return {
             "numbers": state[:25] + state[28:],
@@ -185,6 +188,7 @@ class RedisHalf:
             ],
             "held": {id.decode(): int(score) for id, score in answers[9]},
             "queued": {id.decode(): int(entry.split(b"\0")[2]) for id, entry in answers[10].items()},
+            "seen": {gateway.decode(): int(score) for gateway, score in answers[11]},
         }
 
 

@@ -30,7 +30,9 @@ COSTS = st.one_of(st.integers(1, 50), st.integers(1, 200_000), st.just(10**9))
 TOKENS = st.one_of(st.integers(0, 30), st.just(1000))
 USED = st.one_of(st.none(), st.integers(0, 400_000))
 PASSED_US = st.one_of(
-    st.integers(0, 1000), st.integers(0, 3_500_000), st.sampled_from([31_000_000, 61_000_000, 400_000_000])
+    st.integers(0, 1000),
+    st.integers(0, 3_500_000),
+    st.sampled_from([31_000_000, 61_000_000, 400_000_000, 3_700_000_000]),
 )
 SHARES = st.sampled_from([(50, 30, 15, 5), (50, 50, 0, 0), (0, 0, 0, 0), (100, 100, 30, 7)])
 LIMITS = st.sampled_from([None, None, 0, 20, 40, 40, 100])

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from typing import Any
 
 import pytest
 
-from gateway.store.places import Entry, Room, State, Ticket
+from gateway.store.places import Band, Entry, Room, State, Ticket
 from gateway.store.redis.address import parse_address
 from gateway.store.redis.client import RedisClient
 from gateway.store.redis.places import KEYS, RedisPlaces, granted_channel
 from gateway.store.redis.scripts import load
-from tests.gateway.store.places.halves_of_places import POOL, Clock, Pool, RedisHalf, ScriptRunner, drive, ticket
+from tests.gateway.store.places.halves_of_places import (
+    POOL,
+    Clock,
+    MemoryHalf,
+    Pool,
+    RedisHalf,
+    ScriptRunner,
+    drive,
+    ticket,
+)
 from tests.support.redis_server import RedisServer
 
 ROOM = Room(1, lease_us=10_000_000, grant_us=5_000_000)
@@ -91,3 +101,64 @@ async def test_gateways_on_one_redis_take_turns(redis_server: RedisServer) -> No
     finally:
         for client in clients:
             await client.aclose()
+
+
+def test_every_key_of_a_pool_runs_out_by_itself_whatever_was_done_last(redis_server: RedisServer) -> None:
+    clock = Clock()
+    half = RedisHalf(redis_server, clock)
+    pool = Pool(half)
+    pool.room = Room(2, gateway_us=10**12)
+    rng = random.Random(5)
+    seen: set[str] = set()
+    tickets: dict[str, Ticket] = {}
+    for number in range(600):
+        clock.pass_(rng.choice([1000, 400_000, 61_000_000]))
+        id = f"r{rng.randrange(30)}-{number // 60}"
+        tickets.setdefault(
+            id, ticket(id, rng.choice("abc"), gateway=rng.choice(["g1", "g2"]), band=rng.choice([*Band]))
+        )
+        act = rng.random()
+        if act < 0.5:
+            pool.enter(tickets[id])
+        elif act < 0.9:
+            pool.leave(id, tickets[id].gateway, rng.choice([None, 10, 5000]))
+        else:
+            pool.renew(tickets[id].gateway, [tickets[id]])
+        for key in half.connection.scan_iter("tidegate:*"):
+            name = key.decode().rpartition(":")[2]
+            seen.add(name)
+            assert 0 < half.connection.ttl(key) <= 90_000, (number, name)
+    assert seen == set(KEYS)
+    half.close()
+
+
+def test_a_renewal_keeps_what_is_in_use(redis_server: RedisServer) -> None:
+    clock = Clock()
+    half = RedisHalf(redis_server, clock)
+    pool = Pool(half)
+    pool.room = Room(1, lease_us=10**12)
+    pool.enter(ticket("a"))
+    pool.enter(ticket("b"))
+    pool.renew(held=[ticket("a")], waiting=["b"])
+    used = ("state", "held", "ends", "queued", "line", "siblings", "seen", "heads1", "finish1")
+    for name in used:
+        assert half.connection.expire(half.key(name), 100)
+    clock.pass_(1_000_000)
+    pool.renew(held=[ticket("a")], waiting=["b"])
+    assert half.connection.ttl(half.key("held")) <= 100  # not with each of them, which would take its time
+    clock.pass_(3_600_000_000)
+    pool.renew(held=[ticket("a")], waiting=["b"])
+    assert all(half.connection.ttl(half.key(name)) > 80_000 for name in used)
+    half.close()
+
+
+def test_gateways_of_the_past_are_forgotten(redis_server: RedisServer) -> None:
+    clock = Clock()
+    memory, redis = MemoryHalf(clock), RedisHalf(redis_server, clock)
+    pool = Pool(memory, redis)
+    for number in range(20):
+        pool.renew(f"g{number}")
+        clock.pass_(1_000_000_000)
+    assert set(memory.inside()["seen"]) == set(redis.inside()["seen"])
+    assert len(redis.inside()["seen"]) <= 8
+    redis.close()

@@ -50,7 +50,7 @@ async def test_a_frozen_redis_costs_five_calls_50_ms_and_later_ones_nothing(
         assert not client.available
         began_at = time.perf_counter()
         errors = [await failure(client) for _ in range(1000)]
-        assert (time.perf_counter() - began_at) / 1000 < 200e-6  # 7 us
+        assert (time.perf_counter() - began_at) / 1000 < 200e-6  # 6.5 us, of which the call and its failure are 1.9
         assert all(redis_server.url in str(error) for error in errors)
         await asyncio.sleep(0.1)
     finally:
