@@ -197,7 +197,10 @@ class Gate:
             if admission.refusals:
                 self.metrics.refusals(visit.plan, admission)
             if not admission.admitted:
-                raise refusal_error(visit.plan, admission, visit.reserved)
+                error = refusal_error(visit.plan, admission, visit.reserved)
+                if visit.share > 1:
+                    error.message += f" (The store of limits is away: this gateway keeps to one of {visit.share} shares.)"
+                raise error
         entry = visit.entry
         if entry is None or visit.granted:
             return
