@@ -20,20 +20,40 @@ class Usage(msgspec.Struct):
     """Prompt tokens that were written to a cache that charges for it (Anthropic)."""
 
 
-def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
-    """Read OpenAI's usage object. A missing or malformed count is 0, missing details are None."""
+MAX_TOKENS = 100_000_000
+"""In one answer. No model has a hundredth of it as context; a number above is a fault of the server's, and taken for
+tokens it would keep a caller's limits closed for years."""
+
+
+def read_openai_usage(usage: Mapping[str, Any]) -> Usage | None:
+    """Read OpenAI's usage object. A missing count is 0, missing or malformed details are None.
+
+    None when the count of the prompt or of the completion is there and is none: whoever garbles one has reported
+    nothing that anybody should be charged for.
+    """
+    prompt, completion = (
+        tokens_or_none(usage.get("prompt_tokens", 0)),
+        tokens_or_none(usage.get("completion_tokens", 0)),
+    )
+    if prompt is None or completion is None:
+        return None
     details = usage.get("prompt_tokens_details")
     cached: int | None = None
     written = 0
     if isinstance(details, dict):
-        cached = count_or_none(details.get("cached_tokens"))
-        written = count(details.get("cache_write_tokens"))
-    return Usage(count(usage.get("prompt_tokens")), count(usage.get("completion_tokens")), cached, written)
+        cached = known_tokens(details.get("cached_tokens"))
+        written = known_tokens(details.get("cache_write_tokens")) or 0
+    return Usage(prompt, completion, cached, written)
 
 
-def count(value: Any) -> int:
-    """The value when it is a count, else 0."""
-    return value if type(value) is int and value >= 0 else 0
+def tokens_or_none(value: Any) -> int | None:
+    """Tokens of one answer; 0 for null, as some servers say it, None for what cannot be a count of them."""
+    return 0 if value is None else known_tokens(value)
+
+
+def known_tokens(value: Any) -> int | None:
+    """Tokens of one answer; None when the server does not say, or says what cannot be a count of them."""
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
 
 
 def count_or_none(value: Any) -> int | None:

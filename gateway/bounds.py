@@ -17,6 +17,8 @@ COMPLETIONS = "/v1/completions"
 _OF_CHAT = ("max_completion_tokens", "max_tokens", "n_predict")
 _OF_COMPLETIONS = ("max_tokens", "n_predict")
 """`n_predict` is llama.cpp's; `max_completion_tokens` means nothing to engines here."""
+BOUNDING_FIELDS = frozenset(_OF_CHAT)
+"""All that `bounding` may set."""
 _CHAT_FIELD = {"openai": "max_completion_tokens", "azure": "max_completion_tokens"}
 """Of those that refuse `max_tokens` for their newer models."""
 

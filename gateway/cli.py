@@ -13,7 +13,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gateway.keys.options import add_commands
 from gateway.logs import LOG_FORMATS, LOG_LEVELS, configure
@@ -67,8 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _serve(options, os.environ)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse repeats what it cannot use: not where that is a key."""
+
+    def error(self, message: str) -> NoReturn:
+        from gateway.keys.format import hidden
+
+        super().error(hidden(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tidegate", description="Gateway and smart router for model servers.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="tidegate", description="Gateway and smart router for model servers."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _serve_options(commands.add_parser("serve", help="serve the models of a configuration file"))
     check = commands.add_parser("check", help="check a configuration file and say what is wrong with it")
@@ -220,7 +231,7 @@ def _health(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gateway import serve
     from gateway.admission.records import AdmissionError
-    from gateway.config import ConfigError, load, require_models, require_shared_store
+    from gateway.config import ConfigError, load, require_database_folder, require_models, require_shared_store
     from gateway.listener import BindError
 
     configure(options.log_format, options.log_level)
@@ -243,7 +254,9 @@ def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             print(_NOTHING_TO_SERVE, file=sys.stderr)
             return USAGE_ERROR
         worker_options = ["--log-format", options.log_format, "--log-level", options.log_level]
-        return serve.run(read(), read, environ, workers=options.workers, worker_options=worker_options)
+        settings = read()
+        require_database_folder(settings, str(options.config or "environment"))
+        return serve.run(settings, read, environ, workers=options.workers, worker_options=worker_options)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from gateway.database.errors import Conflict, DatabaseError, InvalidValue
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest
+from gateway.keys.format import hidden
 from gateway.keys.issuing import DEFAULT_OVERLAP_S, KeySpec, Office, TenantSpec, UnknownName, key_shown, tenant_shown
 from gateway.keys.moments import parse_span_s, shown
 from gateway.keys.rules import BadValue
@@ -125,7 +126,7 @@ class _Keys:
         try:
             overlap_s = DEFAULT_OVERLAP_S if order.overlap is None else parse_span_s(order.overlap)
         except ValueError as error:
-            raise InvalidRequest(f"overlap: {error}.", param="overlap") from None
+            raise _invalid(f"overlap: {error}.", "overlap") from None
         record, key = await self._change(lambda office: office.rotate(id, overlap_s, actor))
         return json_response({"key": key, **key_shown(record, time.time())}, 201)
 
@@ -190,10 +191,8 @@ class _Keys:
     async def _threaded(call: Callable[[], T], unknown: type[GatewayError]) -> T:
         try:
             return await asyncio.to_thread(call)
-        except BadValue as error:
-            raise InvalidRequest(f"{error}.", param=error.field) from None
-        except InvalidValue as error:
-            raise InvalidRequest(f"{error}.", param=error.field) from None
+        except (BadValue, InvalidValue) as error:
+            raise _invalid(f"{error}.", error.field) from None
         except UnknownName as error:
             said = str(error).partition("; ")[0].partition(" in the database")[0]
             raise unknown(f"{said[:1].upper()}{said[1:]}.") from None
@@ -202,6 +201,11 @@ class _Keys:
             raise KeyConflict(f"{said[:1].upper()}{said[1:]}.") from None
         except DatabaseError as error:
             raise DatabaseAway(f"{error}.", retry_after_s=1.0) from error
+
+
+def _invalid(message: str, field: str | None) -> InvalidRequest:
+    """What was sent is repeated, unless it looks like a key: answers are logged and shown around."""
+    return InvalidRequest(hidden(message), param=None if field is None else hidden(field))
 
 
 def _page(request: Request) -> int:
@@ -237,7 +241,7 @@ async def _decoded(request: Request, kind: type[Spec], empty: Spec | None = None
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"The body cannot be used: {error}.", param=_field(str(error))) from None
+        raise _invalid(f"The body cannot be used: {error}.", _field(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json") from None
 

@@ -21,7 +21,7 @@ LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-_CHATTY = ("uvicorn", "asyncio", "httpx2")
+_CHATTY = ("alembic", "uvicorn", "asyncio", "httpx2")
 """Libraries whose informational lines repeat what ours say."""
 
 

@@ -26,13 +26,15 @@ from backends.errors import (
 )
 from backends.side import SideChannelError, Trouble
 from backends.upstream import Upstream
+from gateway.bounds import BOUNDING_FIELDS
 from gateway.errors import Draining, GatewayError, UpstreamFailed, UpstreamTimeout
 from gateway.relay import UpstreamReply
 from gateway.upstream_errors import UpstreamSaid, UpstreamStalled, error_of, from_connection, from_status
 from routing.health import Evidence
 
-_ESSENTIAL = frozenset({"model", "stream", "lora", "lora_request", "routed_dp_rank"})
-"""Without these another answer would come: from another model or rank, or with the adapters of the command line."""
+_ESSENTIAL = frozenset({"model", "stream", "lora", "lora_request", "routed_dp_rank"}) | BOUNDING_FIELDS
+"""Without these another answer would come: from another model or rank, with the adapters of the command line, or longer
+than what was reserved for it, which hard limits rely on. An engine that refuses one is right to."""
 
 
 class Again(StrEnum):

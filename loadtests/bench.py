@@ -78,14 +78,17 @@ def _streams(target: Running, plan: Plan) -> Measured:
 
 
 def _cost(target: Running, command: list[str], unit: str) -> Measured:
-    """Run the load; adds the peer's CPU in microseconds per request or chunk.
+    """Run the load; adds the CPU of the peer, and of its Redis, in microseconds per request or chunk.
 
     The tenth of a second in which the load generator starts and the peer idles counts too.
     """
-    before_s = cpu_seconds(target.pid)
+    before_s, redis_before_s = cpu_seconds(target.pid), target.redis_cpu_seconds()
     result = _run(command)
-    used_s = cpu_seconds(target.pid) - before_s
-    return {**result, "cpu_us": round(used_s * 1e6 / max(1, result[unit]), 2)}
+    used_s, redis_s = cpu_seconds(target.pid) - before_s, target.redis_cpu_seconds() - redis_before_s
+    found = {**result, "cpu_us": round(used_s * 1e6 / max(1, result[unit]), 2)}
+    if target.redis_port is not None:
+        found["redis_us"] = round(redis_s * 1e6 / max(1, result[unit]), 2)
+    return found
 
 
 def _wrk(target: Running, folder: Path, size_bytes: int, connections: int, count: int) -> list[str]:

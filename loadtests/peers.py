@@ -1,4 +1,4 @@
-"""What the benchmark compares: the direct path, nginx, and Tidegate with either edge, each before one engine.
+"""What the benchmark compares: the direct path, nginx, and Tidegate with either edge and with keys and limits.
 
 To add a peer, write a function that puts its configuration into a folder and returns its command.
 """
@@ -9,14 +9,31 @@ import contextlib
 import functools
 import json
 import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from loadtests.processes import GATEWAY_CORE, LOAD_CORE, free_port, python, running
+from loadtests.processes import (
+    GATEWAY_CORE,
+    LOAD_CORE,
+    START_S,
+    StartFailed,
+    free_port,
+    pinned,
+    python,
+    running,
+    stop,
+)
 
 Prepare = Callable[[Path, int, list[int]], list[str]]
 MODEL = "bench"
+KEY = "sk-bench-not-a-secret"
+"""The API key that the load generators send, to whoever asks for one."""
+REDIS_PORT_FILE = "redis-port"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +45,8 @@ class Peer:
     """GET on this path gives 200 once it serves."""
     program: str | None = None
     """A program that must be installed."""
+    redis: bool = False
+    """It needs a Redis, which gets a port that stands in the folder's `redis-port` and the load's core."""
 
     @property
     def missing(self) -> str | None:
@@ -44,6 +63,18 @@ class Running:
     url: str
     pid: int
     """Whose CPU and memory count: the gateway's, or the engine's on the direct path."""
+    redis_port: int | None = None
+    """Its own Redis."""
+
+    def redis_cpu_seconds(self) -> float:
+        """User and system time of its Redis so far, by that one's own account; 0 without one."""
+        if self.redis_port is None:
+            return 0.0
+        with socket.create_connection(("127.0.0.1", self.redis_port), 5) as talk:
+            talk.sendall(b"INFO cpu\r\nQUIT\r\n")
+            said = b"".join(iter(lambda: talk.recv(4096), b"")).decode()
+        lines = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
+        return float(lines["used_cpu_sys"]) + float(lines["used_cpu_user"])
 
 
 @contextlib.contextmanager
@@ -56,11 +87,33 @@ def serving(peer: Peer, folder: Path) -> Iterator[Running]:
         if peer.prepare is None:
             yield Running(f"http://127.0.0.1:{ports[0]}", engine_pid)
             return
-        port = free_port()
-        command = peer.prepare(folder, port, ports)
-        log = folder / f"{peer.name}.log"
-        with running(command, log=log, core=GATEWAY_CORE, port=port, ready=peer.ready) as pid:
-            yield Running(f"http://127.0.0.1:{port}", pid)
+        with _redis(folder) if peer.redis else contextlib.nullcontext() as redis_port:
+            port = free_port()
+            command = peer.prepare(folder, port, ports)
+            log = folder / f"{peer.name}.log"
+            with running(command, log=log, core=GATEWAY_CORE, port=port, ready=peer.ready) as pid:
+                yield Running(f"http://127.0.0.1:{port}", pid, redis_port)
+
+
+@contextlib.contextmanager
+def _redis(folder: Path) -> Iterator[int]:
+    """A Redis of its own on the load's core, without a disk; yields its port."""
+    port = free_port()
+    command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
+    with (folder / "redis.log").open("wb") as log, pinned(LOAD_CORE):
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise StartFailed(f"redis-server did not start:\n{(folder / 'redis.log').read_text()[-1500:]}")
+            time.sleep(0.02)
+        (folder / REDIS_PORT_FILE).write_text(str(port))
+        yield port
+    finally:
+        stop(process)
 
 
 NGINX = """\
@@ -105,8 +158,8 @@ def _nginx(folder: Path, port: int, engines: list[int]) -> list[str]:
     return ["nginx", "-c", str(config), "-e", "stderr"]
 
 
-def _tidegate(edge: str, folder: Path, port: int, engines: list[int]) -> list[str]:
-    settings = {
+def _tidegate(edge: str, folder: Path, port: int, engines: list[int], **sections: Any) -> list[str]:
+    settings: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": port, "edge": edge},
         "admin": {"host": "127.0.0.1", "port": free_port()},
         "usage_log": {"path": str(folder / f"usage-{edge}.jsonl")},
@@ -117,10 +170,32 @@ def _tidegate(edge: str, folder: Path, port: int, engines: list[int]) -> list[st
                 "replicas": [{"url": f"http://127.0.0.1:{engine}"} for engine in engines],
             }
         },
+        **sections,
     }
     config = folder / f"tidegate-{edge}.yaml"
     config.write_text(json.dumps(settings, indent=2))  # JSON is YAML
     return python("-m", "gateway", "serve", "--config", str(config))
+
+
+def _limited(store: str, folder: Path, port: int, engines: list[int]) -> list[str]:
+    """One known key, and limits that nobody reaches: three scopes with five rates, and concurrent requests."""
+    secret = folder / "bench-key"
+    secret.write_text(KEY)
+    secret.chmod(0o600)
+    each_minute, tokens = 100_000_000, 1_000_000_000
+    rates = {"requests_per_minute": each_minute, "tokens_per_minute": tokens}
+    model = {"backend": "pool", "upstream_model": "fake-model", "aliases": [MODEL]}
+    sections: dict[str, Any] = {
+        "auth": "keys",
+        "database": f"sqlite:///{folder}/tidegate.db",
+        "keys": {"static": [{"name": "bench", "key": {"file": str(secret)}, "tenant": "bench"}]},
+        "tenants": {"bench": {}},
+        "limits": {"key": {**rates, "concurrent_requests": 10_000}, "tenant": rates},
+        "models": {"fake": {**model, "limits": {"requests_per_minute": each_minute}}},
+    }
+    if store == "redis":
+        sections["store"] = f"redis://127.0.0.1:{(folder / REDIS_PORT_FILE).read_text()}"
+    return _tidegate("protocol", folder, port, engines, **sections)
 
 
 PEERS = {
@@ -130,5 +205,7 @@ PEERS = {
         Peer("nginx", _nginx, "/health", "nginx"),
         Peer("tidegate-protocol", functools.partial(_tidegate, "protocol"), "/readyz"),
         Peer("tidegate-asgi", functools.partial(_tidegate, "asgi"), "/readyz"),
+        Peer("keys+limits-memory", functools.partial(_limited, "memory"), "/readyz"),
+        Peer("keys+limits-redis", functools.partial(_limited, "redis"), "/readyz", "redis-server", redis=True),
     )
 }

@@ -105,6 +105,8 @@ COLUMNS = (
     "delay added p50 / p99 ms",
     "TTFT added p50 / p99 ms",
     "RSS MB",
+    "1 KB c32: µs above tidegate-protocol",
+    "Redis µs/req",
     "errors",
 )
 
@@ -121,6 +123,8 @@ def _row(measured: list[Measured], peer: str) -> list[str]:
         return " / ".join(_median(rounds.added(of(workload, field)), 2) for field in fields)
 
     small = of("plain_1k_c32", "cpu_us")
+    limited = peer.startswith("keys+limits")
+    redis_us = [found["plain_1k_c32"].get("redis_us") for found in measured if found["peer"] == peer]
     bad = sum(1 for found in measured if found["peer"] == peer for _ in errors(found))
     return [
         peer,
@@ -134,6 +138,8 @@ def _row(measured: list[Measured], peer: str) -> list[str]:
         added("streams", "delay_p50_ms", "delay_p99_ms"),
         added("streams", "ttft_p50_ms", "ttft_p99_ms"),
         _median(rounds.values(lambda found: float(found["rss_mb"])), 0),
+        spread(rounds.against("tidegate-protocol", small, lambda own, plain: own - plain), 1) if limited else "-",
+        spread([each for each in redis_us if each is not None], 1),
         str(bad),
     ]
 

@@ -4,7 +4,7 @@ local messages = {}
 local turn = 0
 
 function init(paths)
-  local headers = {["content-type"] = "application/json", ["authorization"] = "Bearer sk-bench"}
+  local headers = {["content-type"] = "application/json", ["authorization"] = "Bearer sk-bench-not-a-secret"}
   for _, path in ipairs(paths) do
     local file = assert(io.open(path, "rb"))
     messages[#messages + 1] = wrk.format("POST", "/v1/chat/completions", headers, file:read("*a"))

@@ -15,7 +15,7 @@ from typing import Any
 from backends.dialects.openai import ABSENT, OpenAI, readiness
 from backends.dialects.protocol import Readiness
 from backends.side import SideChannel
-from backends.usage import Usage, count_or_none
+from backends.usage import Usage, known_tokens
 
 
 class DeepSeek(OpenAI):
@@ -28,7 +28,7 @@ class DeepSeek(OpenAI):
         """`prompt_cache_hit_tokens` is DeepSeek's own count; `prompt_tokens_details` came later and says the same."""
         usage = super().read_usage(tree)
         if usage is not None:
-            hit = count_or_none(tree["usage"].get("prompt_cache_hit_tokens"))
+            hit = known_tokens(tree["usage"].get("prompt_cache_hit_tokens"))
             if hit is not None:
                 usage.cached_tokens = hit
         return usage

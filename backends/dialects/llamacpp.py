@@ -30,7 +30,7 @@ from backends.dialects.protocol import (
 )
 from backends.prometheus import read_page, total
 from backends.side import Answer, SideChannel, SideChannelError, Trouble
-from backends.usage import Usage, count_or_none
+from backends.usage import Usage, count_or_none, known_tokens
 
 _OFF = ABSENT | {403}
 """How llama.cpp, or a proxy before it, says that an endpoint is switched off; it says 501 itself."""
@@ -126,7 +126,7 @@ class LlamaCpp(OpenAI):
         usage = super().read_usage(tree)
         timings = tree.get("timings")
         if usage is not None and usage.cached_tokens is None and isinstance(timings, dict):
-            usage.cached_tokens = count_or_none(timings.get("cache_n"))
+            usage.cached_tokens = known_tokens(timings.get("cache_n"))
         return usage
 
     async def probe(self, side: SideChannel, model: str | None) -> Readiness:

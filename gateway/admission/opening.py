@@ -96,7 +96,7 @@ class Admission:
         """Connect to what is there. What is not is asked again and again. Raises `AdmissionError`."""
         gate = self.gate
         if self.far is not None:
-            self.far.client.on_change = gate.store_changed
+            self.far.client.on_change = self._store_changed
             await self._reach_redis(self.far)
         if self.records is not None:
             there = await self._open_records(self.records)
@@ -117,6 +117,10 @@ class Admission:
         gate.spend.start()
         if self.far is not None or gate.rooms.queues:
             self._keeping = asyncio.create_task(gate.keep(self._stop), name="gate")
+
+    def _store_changed(self, available: bool) -> None:
+        self.gate.store_changed(available)
+        self.gate.spend.read_again()
 
     async def _reach_redis(self, far: Far) -> None:
         from gateway.store.protocol import StoreUnavailable

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from gateway.admission.records import Records
 from gateway.errors import GatewayError
 from gateway.limits.plan import Plan, SpendBook
 from gateway.record import Outcome
 from gateway.store.limits import Scope
+
+if TYPE_CHECKING:  # a gateway without a database does not load SQLAlchemy
+    from gateway.database.spend import Spend
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +60,13 @@ class SpendKeeper:
         self._sums: dict[SpendKey, int] = {}
         self._sending: tuple[str, dict[SpendKey, int]] | None = None
         """The batch that is under way, or whose outcome is unknown."""
+        self._refused: dict[SpendKey, int] = {}
+        """What the database would not have of it, ever."""
+        self._refusal_told = False
         self._watched: dict[SpendKey, float] = {}
         """Budgets in use, and when they were last read."""
-        self._stop = asyncio.Event()
+        self._stopping = False
+        self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._day = ("", "", 0.0)
 
@@ -78,7 +87,8 @@ class SpendKeeper:
 
     async def aclose(self) -> None:
         """Write what is left, if the database lets us."""
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._records is None:
@@ -121,9 +131,14 @@ class SpendKeeper:
         self.book.note(totals)
         self._watched.update(dict.fromkeys(wanted, time.monotonic()))
 
+    def read_again(self) -> None:
+        """Read all budgets in use, now: the store was away, and may have lost what others have spent."""
+        self._watched = dict.fromkeys(self._watched, -math.inf)
+        self._wake.set()
+
     def _periods(self, now_unix_s: float) -> tuple[str, str]:
         day, month, until = self._day
-        if now_unix_s >= until:
+        if not until - 86_400 <= now_unix_s < until:
             today = datetime.fromtimestamp(now_unix_s, UTC)
             day, month = f"d{today:%Y%m%d}", f"m{today:%Y%m}"
             until = now_unix_s - now_unix_s % 86_400 + 86_400
@@ -131,9 +146,10 @@ class SpendKeeper:
         return day, month
 
     async def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stopping:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), FLUSH_EVERY_S)
+                await asyncio.wait_for(self._wake.wait(), FLUSH_EVERY_S)
+            self._wake.clear()
             await self._flush()
 
     async def _flush(self) -> None:
@@ -142,6 +158,8 @@ class SpendKeeper:
             self._sending = (f"{self._gateway}-{self._number}", self._sums)
             self._sums = {}
         now = time.monotonic()
+        current = self._periods(time.time())
+        self._watched = {place: read_at for place, read_at in self._watched.items() if place[1] in current}
         stale = [place for place, read_at in self._watched.items() if now - read_at >= REFRESH_EVERY_S]
         if self._sending is None and not stale:
             return
@@ -151,11 +169,14 @@ class SpendKeeper:
             self._note_failure(error)
             return
         self._sending = None
+        if self._refused:
+            self._note_refusal()
         if self.failing:
             logger.info("spend: the database takes it again")
             self.failing = False
         self.book.note({place: micros for place, micros in totals.items() if place in self._watched})
-        self._watched.update({place: now for place in totals if place in self._watched})
+        if not self._wake.is_set():  # else they are to be read again already
+            self._watched.update({place: now for place in totals if place in self._watched})
         while len(self._watched) > MAX_HOLDERS:
             del self._watched[next(iter(self._watched))]
 
@@ -163,6 +184,20 @@ class SpendKeeper:
         if not self.failing:
             logger.warning("spend: %s; it is kept here until the database takes it", error)
         self.failing = True
+
+    def _note_refusal(self) -> None:
+        micros = sum(amount for amount in self._refused.values() if type(amount) is int)
+        self.lost_micros += micros
+        if not self._refusal_told:
+            self._refusal_told = True
+            place = next(iter(self._refused))
+            logger.error(
+                "spend: the database refuses an amount as invalid, e.g. for %r; %.6f USD is dropped, and so is what it "
+                "will refuse from now on, see tidegate_spend_lost_usd",
+                place,
+                micros / 1e6,
+            )
+        self._refused = {}
 
     # In threads.
 
@@ -176,6 +211,26 @@ class SpendKeeper:
         places = set(stale)
         if self._sending is not None:
             batch_id, deltas = self._sending
-            spend.add(batch_id, deltas)
+            self._refused = {}
+            self._add(spend, batch_id, deltas)
             places |= deltas.keys() & self._watched.keys()
         return spend.totals(places)
+
+    def _add(self, spend: Spend, batch_id: str, deltas: dict[SpendKey, int]) -> None:
+        """Put a batch on record without what is invalid in it, which is noted in `_refused`.
+
+        Nothing of a batch is written before all of it was found to be valid, and it is halved the same way each time:
+        the parts have ids of their own, so that each counts once, too.
+        """
+        from gateway.database.errors import InvalidValue
+
+        try:
+            spend.add(batch_id, deltas)
+        except InvalidValue:
+            if len(deltas) == 1:
+                self._refused |= deltas
+                return
+            places = list(deltas)
+            half = len(places) // 2
+            for name, part in (("a", places[:half]), ("b", places[half:])):
+                self._add(spend, f"{batch_id}{name}", {place: deltas[place] for place in part})

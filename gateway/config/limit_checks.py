@@ -14,7 +14,7 @@ import orjson
 from pydantic import SecretStr
 
 from gateway.config.checks import MIN_TOKEN_BYTES
-from gateway.config.limits import DEFAULT_TENANT, LimitBlock, Shares
+from gateway.config.limits import DEFAULT_TENANT, MAX_KEY_BYTES, MIN_PEPPER_BYTES, LimitBlock, Shares
 from gateway.config.problems import Finding, Path, did_you_mean, shown
 from gateway.config.schema import Settings
 
@@ -41,6 +41,31 @@ def needs_shared_store(settings: Settings) -> str | None:
         return None
     if settings.auth == "keys":
         return "auth: keys"
+    for place, block in _limit_blocks(settings).items():
+        if block != LimitBlock():
+            return place
+    for name, backend in settings.backends.items():
+        if backend.queue.enabled:
+            return f"backends.{name}.queue.enabled: true"
+    return None
+
+
+def missing_folder(settings: Settings) -> FilePath | None:
+    """The directory that the SQLite file of `database` would need, if the gateway needs the file; None if all is well.
+
+    Paths are relative to the working directory of the process.
+    """
+    file = settings.database.removeprefix("sqlite:///")
+    folder = FilePath(file).parent.absolute()
+    if file == settings.database or folder.is_dir():
+        return None
+    blocks = _limit_blocks(settings).values()
+    money = any(block.usd_per_day is not None or block.usd_per_month is not None for block in blocks)
+    return folder if money or settings.auth == "keys" else None
+
+
+def _limit_blocks(settings: Settings) -> dict[str, LimitBlock]:
+    """All of them, by where they stand in the file; but those of static keys."""
     blocks: dict[str, LimitBlock] = {
         "limits.key": settings.limits.key,
         "limits.tenant": settings.limits.tenant,
@@ -53,13 +78,7 @@ def needs_shared_store(settings: Settings) -> str | None:
     for name, chosen in settings.models.items():
         blocks[f"models.{name}.limits"] = chosen.limits
         blocks[f"models.{name}.tenant_limits"] = chosen.tenant_limits
-    for place, block in blocks.items():
-        if block != LimitBlock():
-            return place
-    for name, backend in settings.backends.items():
-        if backend.queue.enabled:
-            return f"backends.{name}.queue.enabled: true"
-    return None
+    return blocks
 
 
 def _mapping(data: Any, *path: str) -> dict[str, Any]:
@@ -90,6 +109,8 @@ def _static_keys(data: dict[str, Any]) -> Iterator[Finding]:
             value, place = key.get_secret_value(), f"keys.static[{index}].key"
             if len(value.encode()) < MIN_TOKEN_BYTES:
                 yield Finding((*path, "key"), f"the key is shorter than {MIN_TOKEN_BYTES} bytes (128 bits)", _NEW_KEY)
+            elif len(value.encode()) > MAX_KEY_BYTES:
+                yield Finding((*path, "key"), f"the key is longer than {MAX_KEY_BYTES} bytes", _NEW_KEY)
             elif secrets.setdefault(value, place) != place:
                 yield Finding((*path, "key"), f"the key is the same as {secrets[value]}", _NEW_KEY)
         if isinstance(tenant, str) and tenant not in tenants:
@@ -119,8 +140,8 @@ def _model_hint(models: dict[str, Any], name: str) -> str:
 def _pepper(data: dict[str, Any]) -> Iterator[Finding]:
     pepper = _mapping(data, "keys").get("pepper")
     if isinstance(pepper, SecretStr):
-        if 0 < len(pepper.get_secret_value().encode()) < MIN_TOKEN_BYTES:
-            message = f"the pepper is shorter than {MIN_TOKEN_BYTES} bytes (128 bits)"
+        if 0 < len(pepper.get_secret_value().encode()) < MIN_PEPPER_BYTES:
+            message = f"the pepper is shorter than {MIN_PEPPER_BYTES} bytes (128 bits as hexadecimal digits)"
             yield Finding(("keys", "pepper"), message, _NEW_KEY)
     elif pepper is None and data.get("auth") == "keys" and str(data.get("database")).startswith("postgresql:"):
         yield Finding(

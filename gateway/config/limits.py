@@ -29,6 +29,11 @@ PriorityClass = Literal["critical", "standard", "batch", "sheddable"]
 DEFAULT_TENANT = "default"
 """The tenant of keys that name none, and of every request where nobody is asked for a key. It always exists."""
 
+MIN_PEPPER_BYTES = 32
+"""Of `keys.pepper`: 128 bits, if it was drawn as hexadecimal digits."""
+MAX_KEY_BYTES = 1024
+"""Of a static key. Nothing longer that a client sends is looked for: keys of ours have 53 bytes."""
+
 _PerMinute = Annotated[Whole, Field(ge=1, le=1_000_000_000)]
 _Usd = Annotated[Number, Field(gt=0, le=1_000_000_000)]
 _Metadata = Mapping[
@@ -118,7 +123,7 @@ class StaticKey(Section):
 
     name: Name = Field(description="Its name in logs and metrics: `static:<name>`.", examples=["laptop"])
     key: Secret = Field(
-        description="The key, at least 16 bytes, as a reference {env: NAME} or {file: PATH}. Any text will do; "
+        description="The key, 16 bytes to 1 KiB, as a reference {env: NAME} or {file: PATH}. Any text will do; "
         "`openssl rand -hex 32` makes one."
     )
     tenant: Name = Field(
@@ -160,7 +165,7 @@ class Keys(Section):
 
     pepper: Secret | None = Field(
         default=None,
-        description="What the database's digests of keys are made with, at least 16 bytes, as a reference {env: NAME} "
+        description="What the database's digests of keys are made with, at least 32 bytes, as a reference {env: NAME} "
         "or {file: PATH}. Every gateway needs the same one, and without it no key is known any more. Null: one that "
         "is made at the first start and kept beside the SQLite file.",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -16,11 +16,11 @@ from gateway.config.environment import (
     apply_command_line,
     apply_environment,
 )
-from gateway.config.limit_checks import check_limits, needs_shared_store
+from gateway.config.limit_checks import check_limits, missing_folder, needs_shared_store
 from gateway.config.lines import Document, read_document
 from gateway.config.problems import ConfigError, Finding, Path, Problem, did_you_mean, show_path
 from gateway.config.schema import RESTART_ONLY, Settings
-from gateway.config.secrets import referenced_variables, resolve, secret_places
+from gateway.config.secrets import leave_out, referenced_variables, resolve, secret_places
 from gateway.config.translate import findings_of
 from gateway.config.tree import is_mapping, model_of
 
@@ -34,11 +34,15 @@ def load(
     path: FilePath | None,
     environ: Mapping[str, str],
     options: Mapping[str, str] | None = None,
+    *,
+    secrets: Collection[str] | None = None,
 ) -> Settings:
     """Read the configuration, or raise a `ConfigError` with everything that is wrong.
 
     `environ` is the process environment: overrides (`TIDEGATE_...`) and the variables that secrets refer to.
     `options` are command-line options as dotted settings (`{"server.port": "7500"}`); they win over both.
+    `secrets` names those that the caller needs, such as `keys.pepper`; the others are not looked for, so that whoever
+    runs a command for operators need not have all that the gateway has, and are empty. None: all of them.
     Without a path, defaults and environment alone are used, and having no models is allowed.
     """
     document = Document(DEFAULTS) if path is None else read_document(path)
@@ -55,6 +59,8 @@ def load(
 
     places = list(secret_places(Settings, data))
     mentioned = referenced_variables(places)
+    if secrets is not None:
+        places = leave_out(places, secrets)
     folder = FilePath() if path is None else path.parent
     findings += resolve(places, environ, folder, overrides.from_environment)
 
@@ -102,6 +108,14 @@ def require_shared_store(settings: Settings, file: str, workers: int) -> None:
                 )
             ]
         )
+
+
+def require_database_folder(settings: Settings, file: str) -> None:
+    """Raise a `ConfigError` if the database cannot be where it is to be. For a start: a reload keeps what it has."""
+    folder = missing_folder(settings)
+    if folder is not None:
+        said = f"there is no directory {folder}"
+        raise ConfigError([Problem(file, None, "database", said, "make it, or name a file in another one")])
 
 
 def restart_only_changes(old: Settings, new: Settings) -> list[str]:

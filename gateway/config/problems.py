@@ -20,7 +20,8 @@ MAX_SHOWN_CHARACTERS = 80
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9])(sk-[A-Za-z0-9_-]{6,}|hf_[A-Za-z0-9]{8,}|gsk_[A-Za-z0-9]{8,}|nvapi-[A-Za-z0-9_-]{8,}"
     r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|xox[abpr]-[A-Za-z0-9-]{8,}|AKIA[A-Z0-9]{12,}|AIza[\w-]{20,}"
-    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,})|Bearer\s+\S{8,}|-----BEGIN [A-Z ]*PRIVATE KEY",
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}|tgk_[A-Za-z0-9]{8,}|tg_(?:admin|pepper)_[A-Za-z0-9_-]{8,})"
+    r"|Bearer\s+\S{8,}|-----BEGIN [A-Z ]*PRIVATE KEY",
 )
 
 

@@ -8,7 +8,7 @@ which prints as stars.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any
@@ -87,6 +87,17 @@ def referenced_variables(places: list[Place]) -> set[str]:
     """The environment variables that references name, so that they are not taken for misspelt settings."""
     references = [place.raw for place in places if isinstance(place.raw, dict)]
     return {ref["env"] for ref in references if isinstance(ref.get("env"), str)}
+
+
+def leave_out(places: list[Place], needed: Collection[str]) -> list[Place]:
+    """Those places that are needed, by their dotted path; the others' references become UNRESOLVED."""
+    kept = []
+    for place in places:
+        if ".".join(map(str, place.path)) in needed:
+            kept.append(place)
+        elif place.raw is not None:
+            place.holder[place.key] = UNRESOLVED
+    return kept
 
 
 def resolve(

@@ -24,6 +24,11 @@ class Address:
         """For messages: the URL, which holds no password."""
         return self.url
 
+    @property
+    def place(self) -> str:
+        """For operators: where a SQLite file really is, whatever the working directory; else the URL."""
+        return self.url if self.path is None else str(self.path.absolute())
+
 
 def parse(url: str) -> Address:
     """`sqlite:///file` or `postgresql://user@host:port/name`. Raises `DatabaseInvalid`, naming nothing secret."""

@@ -8,6 +8,7 @@ answers would otherwise hold the thread for ever, which no time-out of the serve
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sqlite3
@@ -25,6 +26,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from gateway.database.address import Address
 from gateway.database.errors import Conflict, DatabaseInvalid, DatabaseUnavailable
+
+logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 5.0
 """How long a change waits for another process's, SQLite."""
@@ -131,14 +134,19 @@ def _sqlite(address: Address) -> sa.Engine:
     path = address.path
     assert path is not None
     try:
-        os.close(
-            os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        )  # SQLite itself would make it for all to read
+        # SQLite itself would make it for all to read.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        reason = error.strerror or str(error)
         if not path.parent.is_dir():
-            reason = f"there is no directory {path.parent}"
-        raise DatabaseUnavailable(address.shown, reason) from error
+            reason = f"there is no directory {path.parent.absolute()}: make it, or change the setting database"
+            raise DatabaseInvalid(address.shown, reason) from error
+        raise DatabaseUnavailable(address.shown, error.strerror or str(error)) from error
+    try:
+        if os.fstat(descriptor).st_mode & 0o007:
+            shown = path.absolute()
+            logger.warning("database: every user of this machine can open %s: run chmod 600 %s", shown, shown)
+    finally:
+        os.close(descriptor)
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path.absolute())),
         poolclass=QueuePool,

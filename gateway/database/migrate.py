@@ -19,11 +19,14 @@ _LOCK = 0x7469_6465_6761_7465  # "tidegate"
 _MIGRATION_TIMEOUT_S = 300
 
 
-def migrate(engine: Engine) -> None:
-    """Nothing, if the revision is right. Raises `DatabaseInvalid` for a database of a newer version."""
+def migrate(engine: Engine) -> bool:
+    """Nothing, if the revision is right. Raises `DatabaseInvalid` for a database of a newer version.
+
+    Whether there was nothing of ours in it before.
+    """
     with engine.read() as connection:
         if _revision(connection) == REVISION:
-            return
+            return False
     with engine.write() as connection:
         engine.take_long(connection)
         if not engine.sqlite:
@@ -32,6 +35,7 @@ def migrate(engine: Engine) -> None:
         found = _revision(connection)
         if found != REVISION:  # nobody has done it while this one waited
             _upgrade(engine, connection, found)
+    return found is None
 
 
 def _revision(connection: sa.Connection) -> str | None:

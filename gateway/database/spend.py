@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from itertools import islice
 
 import sqlalchemy as sa
@@ -20,6 +21,11 @@ from gateway.database.tables import spend, spend_batches
 
 BATCHES_KEPT_S = 24 * 3600.0
 PRUNED_EVERY_S = 600.0
+USERS_KEPT_DAYS = 40
+"""Users' rows outlast their period by so many days. Their names are the clients' to invent, so there may be any number;
+all other rows are kept for good."""
+PRUNED_AT_ONCE = 10_000
+"""Of users' rows: a batch that also prunes must not take long."""
 MAX_MICROS = 10**15
 """A thousand million dollars in one batch: whatever is above is a fault."""
 MAX_SCOPE_LENGTH = 1000
@@ -56,12 +62,31 @@ class Spend:
                 return False
             if rows:
                 connection.execute(total, rows)  # in the order of their keys, so that two batches never wait in a ring
+            more = False
             if now_unix_s >= self._prune_at_unix_s:
                 old = spend_batches.c.added_unix_s < now_unix_s - BATCHES_KEPT_S
                 connection.execute(spend_batches.delete().where(old))
+                more = self._prune_users(connection, now_unix_s)
         if now_unix_s >= self._prune_at_unix_s:
-            self._prune_at_unix_s = now_unix_s + PRUNED_EVERY_S
+            self._prune_at_unix_s = now_unix_s + (0.0 if more else PRUNED_EVERY_S)
         return True
+
+    @staticmethod
+    def _prune_users(connection: sa.Connection, now_unix_s: float) -> bool:
+        """Delete rows of users whose period is long over; whether there may be more of them."""
+        ended_unix_s = now_unix_s - USERS_KEPT_DAYS * 86_400
+        day = datetime.fromtimestamp(ended_unix_s - 86_400, UTC).strftime("d%Y%m%d")
+        month = datetime.fromtimestamp(ended_unix_s, UTC).strftime("m%Y%m")
+        over = sa.or_(
+            sa.and_(spend.c.period.between("d00000000", day), sa.func.length(spend.c.period) == len(day)),
+            sa.and_(spend.c.period >= "m000000", spend.c.period < month, sa.func.length(spend.c.period) == len(month)),
+        )
+        # A name of a model might have ":u:" in it as well; a tenant's has no colon.
+        users = sa.and_(spend.c.scope.like("{t:%}:u:" + 16 * "_"), spend.c.scope.not_like("%}:%:u:%"))
+        some = sa.select(spend.c.period, spend.c.scope).where(over, users).limit(PRUNED_AT_ONCE)
+        some = some.with_for_update(skip_locked=True)  # another gateway may be at the same ones
+        which = sa.tuple_(spend.c.period, spend.c.scope).in_(some)
+        return connection.execute(spend.delete().where(which)).rowcount >= PRUNED_AT_ONCE
 
     def totals(self, keys: Iterable[SpendKey]) -> dict[SpendKey, int]:
         """What is on record for each of them, 0 for one that is not."""

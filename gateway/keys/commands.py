@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import json
+import math
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gateway.config import ConfigError, load
 from gateway.database.database import Database
 from gateway.database.errors import DatabaseError, DatabaseInvalid, InvalidValue
+from gateway.keys.format import hidden
 from gateway.keys.issuing import (
     KeySpec,
     Office,
@@ -29,26 +31,35 @@ from gateway.keys.issuing import (
     tenant_shown,
 )
 from gateway.keys.moments import parse_span_s, shown
+from gateway.keys.notes import notes
+from gateway.keys.options import NONE
 from gateway.keys.pepper import PepperError, load_pepper
-from gateway.keys.rules import BadValue
+from gateway.keys.rules import BadValue, listed
 
 if TYPE_CHECKING:
     from gateway.config import Settings
     from gateway.keys.records import KeyRecord, TenantRecord
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
+PEPPER = "keys.pepper"
 _ISSUING = ("create", "rotate")
+_READING = ("list", "show")
 _OPTIONS = {"limits": "--limit", "user_limits": "--user-limit", "model_limits": "--model-limit", "raises": "--until"}
 
 
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Carry out one command; returns the exit code. `environ` has settings only."""
     try:
-        settings = load(options.config, environ)
+        settings = load(options.config, environ, secrets=_needed(options))
         with _office(options, settings) as office:
-            _warn(options, settings)
+            for text in notes(options, settings, office):
+                _note(text)
+            options.database = office.place
             run_one = _key_command if options.command == "keys" else _tenant_command
-            return run_one(office, options)
+            code = run_one(office, options)
+            if code == DONE and options.action not in _READING:
+                print(f"written to the database {office.place}", file=sys.stderr)
+            return code
     except ConfigError as error:
         return _end(options, str(error), UNUSABLE, bare=True)
     except BadValue as error:
@@ -63,8 +74,9 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def _office(options: argparse.Namespace, settings: Settings) -> Iterator[Office]:
     database = Database.open(settings.database, password=settings.database_password)
     try:
-        needed = options.command == "keys" and options.action in _ISSUING
-        pepper = load_pepper(settings.keys.pepper, settings.database) if needed else None
+        if database.made:
+            _note(f"made a new database: {database.place}")
+        pepper = load_pepper(settings.keys.pepper, settings.database) if PEPPER in _needed(options) else None
         if pepper is not None:
             database.confirm_pepper(pepper)
         yield Office(database, pepper)
@@ -72,7 +84,14 @@ def _office(options: argparse.Namespace, settings: Settings) -> Iterator[Office]
         database.close()
 
 
+def _needed(options: argparse.Namespace) -> set[str]:
+    """The secrets of the configuration that the command cannot do without."""
+    issuing = options.command == "keys" and options.action in _ISSUING
+    return {"database_password", PEPPER} if issuing else {"database_password"}
+
+
 def _end(options: argparse.Namespace, message: str, code: int, *, bare: bool = False) -> int:
+    message = hidden(message)
     if options.json:
         print(json.dumps({"error": message}))
     print(message if bare else f"tidegate {options.command} {options.action}: {message}", file=sys.stderr)
@@ -99,22 +118,8 @@ def _actor() -> str:
         return f"cli:{os.getuid()}"
 
 
-def _warn(options: argparse.Namespace, settings: Settings) -> None:
-    """What will not work as meant with this configuration, although it may be stored."""
-    if options.config is None or options.command != "keys" or options.action not in ("create", "update"):
-        return
-    if settings.auth == "insecure":
-        _note(f"{options.config} has auth: insecure: its gateway asks nobody for a key; write auth: keys")
-    aliases = {alias: name for name, model in settings.models.items() for alias in model.aliases}
-    for model in _names(options.models) or ():
-        if model in aliases:
-            _note(f"--models: {model!r} is an alias in {options.config}: write the model's name, {aliases[model]!r}")
-        elif model not in settings.models:
-            _note(f"--models: {options.config} has no model {model!r}")
-
-
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {hidden(text)}", file=sys.stderr)
 
 
 # -- keys
@@ -155,13 +160,16 @@ def _key_command(office: Office, options: argparse.Namespace) -> int:
             record = office.update(options.id, KeySpec(raises=raises), actor)
             return _show_key(record, options, f"has other limits until {shown(record.raises[-1].until_unix_s)}")
         case _:
-            return _show_key(office.update(options.id, _key_spec(options), actor), options, "is changed")
+            spec = _key_spec(options)
+            if spec == KeySpec():
+                return _end(options, f"nothing was given to change of {options.id}; --help lists the options", UNUSABLE)
+            return _show_key(office.update(options.id, spec, actor), options, "is changed")
 
 
 def _issued(record: KeyRecord, key: str, options: argparse.Namespace, what: str) -> int:
     """The one place where a key is printed: alone on standard output, so that it can be piped to where it belongs."""
     if options.json:
-        print(json.dumps({"key": key, **key_shown(record, time.time())}))
+        print(json.dumps({"key": key, **key_shown(record, time.time()), "database": options.database}))
     else:
         print(f"{record.id} of tenant {record.tenant} {what}.", file=sys.stderr)
         print("This is the key. It is not shown again, and nobody can look it up:", file=sys.stderr)
@@ -175,11 +183,12 @@ def _key_spec(options: argparse.Namespace) -> KeySpec:
     if options.action == "create":
         spec.tenant = options.tenant
     for field in ("name", "priority_class", "deadline_ms", "max_output_tokens"):
-        if getattr(options, field) is not None:
-            setattr(spec, field, getattr(options, field))
+        if (value := getattr(options, field)) is not None:
+            taken_away = value == NONE and field in ("deadline_ms", "max_output_tokens")
+            setattr(spec, field, None if taken_away else value)
     for field in ("models", "adapters", "regions"):
         if getattr(options, field) is not None:
-            setattr(spec, field, _names(getattr(options, field)))
+            setattr(spec, field, listed(field, getattr(options, field)))
     if options.expires is not None:
         spec.expires = None if options.expires == "never" else options.expires
     if options.limits is not None:
@@ -187,11 +196,6 @@ def _key_spec(options: argparse.Namespace) -> KeySpec:
     if options.metadata is not None:
         spec.metadata = dict(_pair("metadata", each, "NAME=TEXT") for each in options.metadata)
     return spec
-
-
-def _names(text: str | None) -> list[str] | None:
-    """`a,b` as a list; `*`, or nothing at all, as None."""
-    return None if text is None or text.strip() == "*" else [name.strip() for name in text.split(",")]
 
 
 def _pair(field: str, text: str, form: str) -> tuple[str, str]:
@@ -233,7 +237,7 @@ def _list_keys(records: Sequence[KeyRecord], as_json: bool) -> int:
             key_state(record, now),
             record.priority_class,
             "*" if record.models is None else ",".join(record.models) or "-",
-            "never" if record.expires_unix_s is None else shown(record.expires_unix_s),
+            "never" if record.expires_unix_s is None else shown(math.floor(record.expires_unix_s)),
         )
         for record in records
     ]
@@ -250,7 +254,8 @@ def _show_key(record: KeyRecord, options: argparse.Namespace, what: str | None =
 
 def _show(content: dict[str, Any], options: argparse.Namespace, sentence: str | None) -> int:
     if options.json:
-        print(json.dumps(content))
+        written = {} if sentence is None else {"database": options.database}
+        print(json.dumps({**content, **written}))
     elif sentence is not None:
         print(sentence)
     else:

@@ -10,6 +10,7 @@ would add nothing, since 256 random bits cannot be guessed, and would hand every
 from __future__ import annotations
 
 import base64
+import hashlib
 import hmac
 import re
 import secrets
@@ -26,6 +27,7 @@ KEY_LENGTH = len(PREFIX) + RANDOM_LENGTH + CHECKSUM_LENGTH
 
 _KEY = re.compile(rb"tgk_[0-9A-Za-z]{49}")
 _HIDDEN_KEY = re.compile(r"tgk_[0-9A-Za-z]{49}")
+_LIKE_KEY = re.compile(r"tgk_[0-9A-Za-z]{8,}")
 _VALUES = {ord(letter): value for value, letter in enumerate(ALPHABET)}
 
 
@@ -53,9 +55,32 @@ def holds_key(text: str) -> bool:
     return _HIDDEN_KEY.search(text) is not None
 
 
+def hidden(text: str) -> str:
+    """The text with everything taken out that begins as a key does, be it a key or the larger part of one."""
+    return _LIKE_KEY.sub("tgk_...", text)
+
+
 def digest(pepper: bytes, key: bytes) -> bytes:
     """What is kept of a key, and what it is looked up by: 32 bytes."""
     return hmac.digest(pepper, key, "sha256")
+
+
+class Digester:
+    """`digest` under one pepper, for many keys: what depends on the pepper alone (RFC 2104's inner and outer pad) is
+    hashed once, which leaves less than half of the work."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, pepper: bytes) -> None:
+        block = (pepper if len(pepper) <= 64 else hashlib.sha256(pepper).digest()).ljust(64, b"\0")
+        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block))
+        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in block))
+
+    def digest(self, key: bytes) -> bytes:
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(key)
+        outer.update(inner.digest())
+        return outer.digest()
 
 
 def new_id() -> str:

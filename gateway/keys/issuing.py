@@ -82,6 +82,11 @@ class Office:
         self._pepper = pepper
         self._now = now
 
+    @property
+    def place(self) -> str:
+        """Where the database is, for operators."""
+        return self._database.place
+
     # -- keys
 
     def create(self, spec: KeySpec, actor: str) -> tuple[KeyRecord, str]:
@@ -192,7 +197,9 @@ class Office:
         try:
             return self._database.tenants.get(name)
         except NotFound:
-            said = f"there is no tenant {name[:80]!r} in the database; tidegate tenants list shows all"
+            said = (
+                f"there is no tenant {key_format.hidden(name)[:80]!r} in the database; tidegate tenants list shows all"
+            )
             raise UnknownName(said) from None
 
     def tenants(self) -> list[TenantRecord]:
@@ -274,6 +281,8 @@ def _end(text: str | None, now: float) -> float | None:
 
 
 def _no_key(id: str) -> str:
+    if key_format.hidden(id) != id:
+        return "there is no key of that id, which looks like a key: ids begin with key_; tidegate keys list shows all"
     return f"there is no key {id[:80]!r}; it may have been revoked. tidegate keys list shows all"
 
 

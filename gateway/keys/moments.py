@@ -17,7 +17,9 @@ def parse_span_s(text: str) -> float:
     """Seconds of `90s`, `1.5h`, `30d`; `0` needs no unit. Raises `ValueError`, whose text says what to write."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text) if text != "0" else None
     seconds = float(found[1]) * _UNITS_S[found[2]] if found else 0.0
-    if (found is None and text != "0") or seconds > MAX_SPAN_S:
+    if seconds > MAX_SPAN_S:
+        raise ValueError(f"{text[:80]!r} is too long: write at most 100 years, which are 36525d")
+    if found is None and text != "0":
         raise ValueError(f"{text[:80]!r} is not a span of time: write {SPAN_FORM}")
     return seconds
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+NONE = "none"
+"""As an option's value: as if it had never been set."""
 _TIMES = "30d, 12h, 2026-12-31 (its beginning, UTC) or 2026-12-31T18:00:00Z"
 
 Commands = argparse._SubParsersAction  # which argparse has no public name for
@@ -62,8 +64,12 @@ def _rights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class", dest="priority_class", metavar="CLASS", help="critical, standard, batch or sheddable"
     )
-    parser.add_argument("--deadline-ms", type=_whole, metavar="MS", help="its requests' deadline where they name none")
-    parser.add_argument("--max-output-tokens", type=_whole, metavar="N", help="the most that a request may ask for")
+    parser.add_argument(
+        "--deadline-ms", type=_whole_or_none, metavar="MS", help="its requests' deadline where they name none; or none"
+    )
+    parser.add_argument(
+        "--max-output-tokens", type=_whole_or_none, metavar="N", help="the most that a request may ask for; or none"
+    )
     parser.add_argument("--expires", metavar="TIME", help=f"never (default), {_TIMES}")
     _limit(parser, "--limit", "limits", "its own limit, such as requests_per_minute=60; none takes it away")
     parser.add_argument("--metadata", action="append", metavar="NAME=TEXT", help="your own notes, all of them")
@@ -104,7 +110,12 @@ def _limit(parser: argparse.ArgumentParser, flag: str, dest: str, text: str, *, 
     parser.add_argument(flag, dest=dest, action="append", metavar="LIMIT=VALUE", required=required, help=text)
 
 
+def _whole_or_none(text: str) -> int | str:
+    """A number, or the word `none`: argparse's own None means that the option was not given."""
+    return NONE if text == NONE else _whole(text)
+
+
 def _whole(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text[:12]) > 0 and len(text) <= 12):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0, nor none")
     return int(text)

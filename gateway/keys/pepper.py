@@ -10,19 +10,21 @@ import errno
 import os
 import re
 import secrets
+import sqlite3
 import stat
 import tempfile
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import SecretStr
 
+from gateway.config.limits import MIN_PEPPER_BYTES
 from gateway.database.address import parse
 
-MIN_LENGTH = 32
-"""Characters of a configured one: 128 bits, if it was drawn as hexadecimal digits."""
 _PEPPER = re.compile(r"tg_pepper_[A-Za-z0-9_-]{43}")
 _MAX_FILE_BYTES = 4096
+_READ_WITHIN_S = 5.0
 
 
 class PepperError(Exception):
@@ -32,12 +34,13 @@ class PepperError(Exception):
 def load_pepper(configured: SecretStr | None, database_url: str) -> bytes:
     """`keys.pepper`, or for SQLite what `<database file>.pepper` holds, which is made now if it is not there.
 
-    Raises `PepperError`, and `DatabaseInvalid` for a URL that cannot be read. Makes no directory.
+    One is never made beside a database that has keys: they were made with another. Makes no directory. Raises
+    `PepperError`, and `DatabaseInvalid` for a URL that cannot be read.
     """
     if configured is not None:
         text = configured.get_secret_value()
-        if len(text) < MIN_LENGTH:
-            raise PepperError(f"keys.pepper has fewer than {MIN_LENGTH} characters: use e.g. `openssl rand -hex 32`")
+        if len(text.encode()) < MIN_PEPPER_BYTES:
+            raise PepperError(f"keys.pepper has fewer than {MIN_PEPPER_BYTES} bytes: use e.g. `openssl rand -hex 32`")
         return text.encode()
     path = parse(database_url).path
     if path is None:
@@ -47,7 +50,20 @@ def load_pepper(configured: SecretStr | None, database_url: str) -> bytes:
         )
     file = path.with_name(path.name + ".pepper")
     try:
-        return (_read(file) or _create(file)).encode("ascii")
+        found = _read(file)
+        if found is None:
+            if not path.parent.is_dir():
+                folder = path.parent.absolute()
+                raise PepperError(f"database: there is no directory {folder}: make it, or change the setting")
+            keys = _keys_in(path)
+            found = _read(file)  # whoever made the keys, made it first
+            if found is None and keys:
+                raise PepperError(
+                    f"the pepper of the keys, {file.absolute()}, is gone, and without it none of the {keys} keys in "
+                    f"{path.absolute()} is known: put the file back as it was; if it is lost, revoke these keys "
+                    "(tidegate keys revoke), after which a new one is made"
+                )
+        return (found or _create(file)).encode("ascii")
     except OSError as error:
         raise PepperError(f"the pepper of the keys, {file}: {error.strerror or error}") from error
 
@@ -68,6 +84,25 @@ def _read(path: Path) -> str | None:
     if _PEPPER.fullmatch(text) is None:
         raise PepperError(f"the file {path} holds no pepper: put it back as it was, or all keys are lost")
     return text
+
+
+def _keys_in(path: Path) -> int:
+    """How many keys the SQLite database has that were made with a pepper. None is made if it is not there.
+
+    Asked by its own library: the gateway has not opened it yet. What is no database of ours is reported when it does.
+    """
+    if not path.exists():
+        return 0
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=_READ_WITHIN_S)) as database:
+            row = database.execute("SELECT live_keys FROM tidegate_counters WHERE pepper_check IS NOT NULL").fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such" in str(error):
+            return 0
+        raise PepperError(f"database: {path.absolute()} cannot be read: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise PepperError(f"database: {path.absolute()} cannot be used: {error}") from error
+    return 0 if row is None else int(row[0])
 
 
 def _create(path: Path) -> str:

@@ -40,6 +40,16 @@ def checked_name(field: str, text: str, pattern: str) -> str:
     return text
 
 
+def listed(field: str, text: str | None) -> list[str] | None:
+    """`a,b` as a list; `*`, or nothing at all, as None. Raises `BadValue`."""
+    if text is None or text.strip() == "*":
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if names == ["none"]:
+        raise BadValue(field, "'none' is no name", "write '*' for all; a key that may use nothing is a disabled one")
+    return names
+
+
 def checked_names(field: str, texts: Iterable[str], pattern: str) -> tuple[str, ...]:
     """Each name once, in the order given. Raises `BadValue`."""
     names = tuple(dict.fromkeys(checked_name(field, text, pattern) for text in texts))
@@ -75,8 +85,9 @@ def checked_metadata(field: str, given: dict[str, Any] | None) -> dict[str, Any]
     if len(notes) > MAX_METADATA:
         raise BadValue(field, f"has {len(notes)} notes", f"at most {MAX_METADATA} are allowed")
     for name, value in notes.items():
-        if not 1 <= len(name) <= MAX_METADATA_NAME or holds_key(name):
-            raise BadValue(field, "has a name that is too long", f"use 1 to {MAX_METADATA_NAME} characters")
+        if not 1 <= len(name) <= MAX_METADATA_NAME or not name.isprintable() or holds_key(name):
+            problem = "has a name that is too long, or that cannot be shown"
+            raise BadValue(field, problem, f"use 1 to {MAX_METADATA_NAME} printable characters")
         if not isinstance(value, str) or len(value) > MAX_METADATA_CHARACTERS:
             raise BadValue(
                 f"{field}.{name}", "is no text", f"write a text of at most {MAX_METADATA_CHARACTERS} characters"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gateway.store.limits import US_PER_MINUTE, Scope
 
 UNNAMED_END_US = 40 * 86_400 * 1_000_000
 """How long a budget without an end is remembered from its first request on: longer than any month."""
+
+
+FREE = 0
+"""The request was not charged in this scope: it is in shadow, and would have been refused."""
+CHARGED = 1
+LEASED = 2
+"""Put back by a renewal after the store had lost it: a lease and money, but no rates, which time has refilled."""
 
 
 class Rule(NamedTuple):
@@ -95,6 +103,24 @@ class State:
             if current[0] == period:
                 return current if current[1] >= floor_micros else (period, floor_micros, current[2])
         return period, floor_micros, ends_at_us or now_us + UNNAMED_END_US
+
+
+class Plan:
+    """Scopes made ready, together with what is kept of them, so that the usual request looks nothing up."""
+
+    __slots__ = ("charged", "epoch", "leased", "rates", "rules", "scopes", "simple")
+
+    def __init__(self, scopes: Sequence[Scope]) -> None:
+        self.scopes = scopes
+        self.rules = tuple([rule_of(scope) for scope in scopes])
+        self.charged = (CHARGED,) * len(scopes)
+        self.simple = not any(rule.budgets for rule in self.rules)
+        self.epoch = -1
+        """Of the limiter, when `rates` and `leased` were found: they hold until states are forgotten."""
+        self.rates: tuple[tuple[list[int], int, int, int, int], ...] = ()
+        """For each rate the marks it is one of, unit, per minute, burst, burst in microseconds."""
+        self.leased: tuple[tuple[State, int], ...] = ()
+        """The states with leases, and how many of these there may be; complete if the plan is simple."""
 
 
 def rule_of(scope: Scope) -> Rule:

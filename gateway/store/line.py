@@ -140,6 +140,8 @@ class Line:
             self._dispatch(room, now_us)
         if not self._waiting and self._running < room.requests:
             self._released_us = 0
+        if now_us - self._tidied_us >= TIDY_EVERY_US:
+            self._tidy(now_us)
         if not self.told:
             return NOBODY
         own = tuple(grant.id for grant in self.told if grant.gateway == gateway)

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from math import ceil
 
-from gateway.store.limit_state import Rule, State, rule_of
+from gateway.store.limit_state import CHARGED, FREE, LEASED, Plan, Rule, State
 from gateway.store.limits import Admission, Cost, Held, Refusal, Scope, Unit
 
 PRUNE = 64
@@ -42,36 +42,11 @@ SWEEP_SCOPES = 256
 """Looked at every `SWEEP_EVERY_US`, besides two for each new one: below 0.1 ms at once."""
 
 NAMES = tuple(unit.name.lower() for unit in Unit)
-FREE = 0
-"""The request was not charged in this scope: it is in shadow, and would have been refused."""
-CHARGED = 1
-LEASED = 2
-"""Put back by a renewal after the store had lost it: a lease and money, but no rates, which time has refilled."""
-
-
 _address = id
 """Under a name that requests' ids do not hide."""
 
 _Record = tuple[int, Sequence[int], Admission | None]
 """An admission that is not settled yet: until when it is remembered, how each scope was charged, and the answer."""
-
-
-class _Plan:
-    """Scopes made ready, together with what is kept of them, so that the usual request looks nothing up."""
-
-    __slots__ = ("charged", "epoch", "leased", "rates", "rules", "scopes", "simple")
-
-    def __init__(self, scopes: Sequence[Scope]) -> None:
-        self.scopes = scopes
-        self.rules = tuple([rule_of(scope) for scope in scopes])
-        self.charged = (CHARGED,) * len(scopes)
-        self.simple = not any(rule.budgets for rule in self.rules)
-        self.epoch = -1
-        """Of the limiter, when `rates` and `leased` were found: they hold until states are forgotten."""
-        self.rates: tuple[tuple[list[int], int, int, int, int], ...] = ()
-        """For each rate the marks it is one of, unit, per minute, burst, burst in microseconds."""
-        self.leased: tuple[tuple[State, int], ...] = ()
-        """The states with leases, and how many of these there may be; complete if the plan is simple."""
 
 
 class Limiter:
@@ -93,7 +68,7 @@ class Limiter:
         self._ended: dict[str, int] = {}
         """Settled and cancelled ids, and how long they are remembered."""
         self._ends: deque[str] = deque()
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
         self._epoch = 0
         """Counts how often states were forgotten."""
 
@@ -150,7 +125,7 @@ class Limiter:
         self._records[id] = (now_us + RECORD_US, charged, answer)
         return answer
 
-    def _admit_at_once(self, plan: _Plan, id: str, cost: Cost, lease_us: int, now_us: int) -> Admission | None:
+    def _admit_at_once(self, plan: Plan, id: str, cost: Cost, lease_us: int, now_us: int) -> Admission | None:
         """`admit` for a new request that nothing speaks against, of scopes without money; None, and nothing is changed,
         if it is not that simple."""
         if plan.epoch != self._epoch:
@@ -181,7 +156,7 @@ class Limiter:
         self._records[id] = (now_us + RECORD_US, plan.charged, answer)
         return answer
 
-    def _bind(self, plan: _Plan) -> None:
+    def _bind(self, plan: Plan) -> None:
         rates: list[tuple[list[int], int, int, int, int]] = []
         leased: list[tuple[State, int]] = []
         for rule in plan.rules:
@@ -339,7 +314,7 @@ class Limiter:
         return True
 
     def _end_simply(
-        self, plan: _Plan, id: str, before: tuple[int, int, int, int], after: tuple[int, int, int, int], now_us: int
+        self, plan: Plan, id: str, before: tuple[int, int, int, int], after: tuple[int, int, int, int], now_us: int
     ) -> None:
         """`_end` of what was charged everywhere, in scopes without money."""
         if plan.epoch != self._epoch:
@@ -407,12 +382,12 @@ class Limiter:
             for id in [id for id, record in self._records.items() if record[0] <= self._now_us]:
                 del self._records[id]
 
-    def _plan(self, scopes: Sequence[Scope]) -> _Plan:
+    def _plan(self, scopes: Sequence[Scope]) -> Plan:
         """Found by identity: callers use the same tuple for many requests."""
         plan = self._plans.get(_address(scopes))
         if plan is not None and plan.scopes is scopes:
             return plan
-        plan = _Plan(scopes)
+        plan = Plan(scopes)
         if isinstance(scopes, tuple):  # a list could change
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loadtests import bench, report, syscalls
-from loadtests.peers import PEERS
+from loadtests.peers import PEERS, serving
 from loadtests.processes import StartFailed, cpu_seconds, free_port, rss_mb, running, session_pids
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -125,6 +125,26 @@ def test_tidegate_config_names_everything_the_bench_relies_on(tmp_path: Path) ->
     assert settings["models"]["fake"]["aliases"] == ["bench"]
     assert len(settings["backends"]["pool"]["replicas"]) == 2
     assert settings["usage_log"]["path"]
+
+
+def test_keys_and_limits_are_compared_with_the_plain_gateway_in_the_same_round() -> None:
+    measured = [figures("tidegate-protocol", n, cpu, 0.4) for n, cpu in ((1, 40), (2, 90))]
+    measured += [figures("keys+limits-redis", n, cpu, 0.4) for n, cpu in ((1, 60), (2, 100))]
+    for found in measured[2:]:
+        found["plain_1k_c32"] = {**found["plain_1k_c32"], "redis_us": 12.5}
+    table = report.markdown(record(measured))
+    assert cells(table, "keys+limits-redis")[-3:-1] == ["15.0 (10.0-20.0)", "12.5 (12.5-12.5)"]
+    assert cells(table, "tidegate-protocol")[-3:-1] == ["-", "-"]
+
+
+@pytest.mark.parametrize("name", ["keys+limits-memory", "keys+limits-redis"])
+def test_a_gateway_with_limits_knows_the_key_of_the_load(tmp_path: Path, name: str) -> None:
+    if reason := PEERS[name].missing:
+        pytest.skip(reason)
+    with serving(PEERS[name], tmp_path) as target:
+        found = bench._plain(target, bench.QUICK, tmp_path, 1024, 4, 200)
+        assert (found["requests"], found["errors"]) == (200, 0)
+        assert (target.redis_cpu_seconds() > 0) == (target.redis_port is not None) == ("redis_us" in found)
 
 
 def test_a_small_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from backends.dialects.protocol import TranslationError
-from backends.usage import Usage, count, count_or_none
+from backends.usage import Usage, known_tokens, tokens_or_none
 
 FINISH_REASONS: Mapping[str, str] = {
     "end_turn": "stop",
@@ -59,15 +59,23 @@ class Counts(msgspec.Struct):
             if value is not None:
                 setattr(self, name, value)
 
-    def usage(self) -> Usage:
-        """All prompt tokens together: Anthropic counts fresh, read and written ones apart from each other."""
-        read = count_or_none(self.cache_read_input_tokens)
-        written = count(self.cache_creation_input_tokens)
-        return Usage(count(self.input_tokens) + (read or 0) + written, count(self.output_tokens), read, written)
+    def usage(self) -> Usage | None:
+        """All prompt tokens together: Anthropic counts fresh, read and written ones apart from each other.
 
-    def as_openai(self) -> dict[str, Any]:
-        """OpenAI's usage object, with `cache_write_tokens` beside the cached ones."""
+        None when one of the counts cannot be one.
+        """
+        fresh, output = tokens_or_none(self.input_tokens), tokens_or_none(self.output_tokens)
+        read = known_tokens(self.cache_read_input_tokens)
+        written = known_tokens(self.cache_creation_input_tokens) or 0
+        if fresh is None or output is None:
+            return None
+        return Usage(fresh + (read or 0) + written, output, read, written)
+
+    def as_openai(self) -> dict[str, Any] | None:
+        """OpenAI's usage object, with `cache_write_tokens` beside the cached ones; None as `usage`."""
         usage = self.usage()
+        if usage is None:
+            return None
         shown: dict[str, Any] = {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
@@ -81,7 +89,7 @@ class Counts(msgspec.Struct):
         elif usage.cache_write_tokens:
             shown["prompt_tokens_details"] = {"cache_write_tokens": usage.cache_write_tokens}
         details = self.output_tokens_details
-        thinking = count_or_none(details.get("thinking_tokens")) if isinstance(details, dict) else None
+        thinking = known_tokens(details.get("thinking_tokens")) if isinstance(details, dict) else None
         if thinking is not None:
             shown["completion_tokens_details"] = {"reasoning_tokens": thinking}
         return shown
@@ -185,8 +193,8 @@ def whole_answer(body: bytes, created: int) -> bytes:
             }
         ],
     }
-    if answer.usage is not None:
-        completion["usage"] = answer.usage.as_openai()
+    if answer.usage is not None and (usage := answer.usage.as_openai()) is not None:
+        completion["usage"] = usage
     return msgspec.json.encode(completion)
 
 

@@ -222,10 +222,10 @@ class AnthropicTranslation:
         self._done = True
         if not self._head:
             malformed("message_stop came before message_start")
-        if not self._counted:
+        usage = self._counts.as_openai() if self._counted else None
+        if usage is None:
             return _DONE
-        usage = msgspec.json.encode(self._counts.as_openai())
-        return self._head + b'],"usage":' + usage + b"}\n\n" + _DONE
+        return self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n" + _DONE
 
     def _index(self, event: Event) -> int:
         if type(event.index) is not int:

@@ -19,6 +19,7 @@ from gateway.config import (
     keep_restart_only,
     load,
     needs_shared_store,
+    require_database_folder,
     require_models,
     restart_only_changes,
 )
@@ -333,3 +334,42 @@ def test_a_models_limits_need_a_shared_store(tmp_path: Path, block: str) -> None
 )
 def test_every_form_of_a_redis_address_is_taken(tmp_path: Path, address: str) -> None:
     assert load(write(tmp_path, f"{MINIMAL}store: {address}\n"), {}).store == address
+
+
+def test_secrets_that_a_caller_does_not_need_are_not_looked_for(tmp_path: Path) -> None:
+    sections = (
+        "auth: keys\nkeys: {pepper: {env: PEPPER}}\nadmin: {token: {file: /nowhere}}\ndatabase_password: {env: D}\n"
+    )
+    path = write(tmp_path, MINIMAL + sections)
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert [problem.path for problem in caught.value.problems] == [
+        "keys.pepper.env",
+        "admin.token.file",
+        "database_password.env",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load(path, {}, secrets={"keys.pepper"})
+    assert [problem.path for problem in caught.value.problems] == ["keys.pepper.env"]
+    keys = load(path, {"PEPPER": "p" * 32}, secrets={"keys.pepper"}).keys
+    assert keys.pepper is not None
+    assert keys.pepper.get_secret_value() == "p" * 32
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("auth: keys\n", True),
+        ("tenants: {a: {limits: {usd_per_day: 1}}}\n", True),
+        ("tenants: {a: {limits: {requests_per_minute: 1}}}\n", False),
+        ("", False),
+    ],
+)
+def test_a_database_that_is_needed_has_to_have_its_directory(tmp_path: Path, text: str, refused: bool) -> None:
+    priced = MINIMAL.replace("{backend: pool}", "{backend: pool, price: {}}")
+    settings = load(write(tmp_path, f"{priced}database: sqlite:///{tmp_path}/none/a.db\n{text}"), {})
+    if refused:
+        with pytest.raises(ConfigError, match=f"f: database: there is no directory {tmp_path}/none; make it"):
+            require_database_folder(settings, "f")
+        (tmp_path / "none").mkdir()
+    require_database_folder(settings, "f")

@@ -33,6 +33,28 @@ def test_file_is_for_its_owner_alone(tmp_path: Path, sqlite_database: Database) 
     assert files == {"tidegate.db": 0o600, "tidegate.db-wal": 0o600, "tidegate.db-shm": 0o600}
 
 
+def test_file_that_others_can_open_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a.db"
+    for mode, warned in ((0o640, False), (0o666, True), (0o604, True)):
+        file.touch()
+        file.chmod(mode)
+        caplog.clear()
+        Database.open(f"sqlite:///{file}").close()
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert said == ([f"database: every user of this machine can open {file}: run chmod 600 {file}"] * warned)
+
+
+def test_tables_are_made_without_a_word(tmp_path: Path) -> None:
+    """alembic tells of its plug-ins when it is first imported."""
+    code = (
+        "import sys; from gateway.logs import configure; from gateway.database.database import Database; "
+        "configure('text', 'info'); Database.open(sys.argv[1]).close(); print('alembic' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/a.db"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment())
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
+
+
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatabaseInvalid, match=f"there is no directory {tmp_path}/none: make it, or change the setting"):
         Database.open(f"sqlite:///{tmp_path}/none/a.db")

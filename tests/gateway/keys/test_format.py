@@ -30,6 +30,7 @@ def test_vectors() -> None:
     assert key_format._key(2**256 - 1) == "tgk_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp12YzJqd"
     known = hmac.new(b"pepper", b"tgk_key", hashlib.sha256).digest()
     assert key_format.digest(b"pepper", b"tgk_key") == known
+    assert key_format.Digester(b"pepper").digest(b"tgk_key") == known
     # RFC 4231, test case 2
     assert key_format.digest(b"Jefe", b"what do ya want for nothing?").hex() == (
         "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
@@ -69,3 +70,10 @@ def test_ids_have_their_form() -> None:
     ids = {key_format.new_id() for _ in range(500)}
     assert len(ids) == 500
     assert all(re.fullmatch(r"key_[a-z2-7]{16}", id) for id in ids)
+
+
+@given(st.binary(max_size=200), st.lists(st.binary(max_size=200), max_size=3))
+def test_a_digester_makes_the_same_digests_again_and_again(pepper: bytes, keys: list[bytes]) -> None:
+    digester = key_format.Digester(pepper)
+    for key in keys:
+        assert digester.digest(key) == key_format.digest(pepper, key)

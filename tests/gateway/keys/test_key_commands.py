@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from gateway.keys.directory import Directory, Freshness
 from gateway.keys.format import well_formed
 from gateway.keys.moments import parse_moment, parse_span_s, shown
 from gateway.keys.pepper import PepperError, load_pepper
+from tests.gateway.keys.ordering import Said, environment_of, ordered, refused
 from tests.gateway.keys.records_of_tests import bearing
 from tests.support.command import run_tidegate, write_config
 
@@ -28,35 +28,7 @@ NOW = 1_800_000_000.0
 @pytest.fixture(autouse=True)
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The database that the environment names."""
-    for name in list(os.environ):
-        if name.startswith("TIDEGATE_"):
-            monkeypatch.delenv(name)
-    url = f"sqlite:///{tmp_path / 'keys.db'}"
-    monkeypatch.setenv("TIDEGATE_DATABASE", url)
-    return url
-
-
-Said = pytest.CaptureFixture[str]
-
-
-def ordered(capsys: Said, *arguments: str) -> dict[str, Any]:
-    """What a command that is done reports as JSON."""
-    code = main([*arguments, "--json"])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    answer: dict[str, Any] = json.loads(out)
-    return answer
-
-
-def refused(capsys: Said, *arguments: str) -> tuple[int, str]:
-    """Exit code and message of a command that is not done."""
-    try:
-        code = main(list(arguments))
-    except SystemExit as end:
-        code = int(str(end.code))
-    out, err = capsys.readouterr()
-    assert out == ""
-    return code, err
+    return environment_of(tmp_path, monkeypatch)
 
 
 def directory(url: str) -> Directory:
@@ -259,8 +231,11 @@ def test_lists_for_people(capsys: Said, url: str) -> None:
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["ID", "TENANT", "NAME"]
     assert row.split() == [made["id"], "acme", "-", made["key"][-4:], "valid", "standard", "a,b", "never"]
+    made = ordered(capsys, "keys", "create", "--tenant", "third", "--expires", "90d")
+    assert main(["keys", "list", "--tenant", "third"]) == 0
+    assert capsys.readouterr().out.split()[-1] == made["expires"][:19] + "Z"  # without parts of seconds
     assert main(["keys", "show", made["id"]]) == 0
-    assert "tenant             acme" in capsys.readouterr().out
+    assert "tenant             third" in capsys.readouterr().out
 
 
 # -- what is refused
@@ -378,6 +353,69 @@ def test_a_configuration_names_the_database_and_is_held_against_what_is_ordered(
     code, said = refused(capsys, "keys", "list", "--config", str(config))
     assert code == 2
     assert "sever: is not a known setting; did you mean server?" in said
+
+
+def test_the_database_that_is_written_to_is_named(
+    capsys: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that is relative is relative to the working directory: in another one, another database is made."""
+    monkeypatch.setenv("TIDEGATE_DATABASE", "sqlite:///own.db")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        file = tmp_path / name / "own.db"
+        assert main(["keys", "create", "--tenant", "acme"]) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert f"note: made a new database: {file}" in said
+        assert said[-1] == f"written to the database {file}"
+        assert main(["tenants", "set", "acme"]) == 0
+        assert capsys.readouterr().err == f"written to the database {file}\n"
+        assert ordered(capsys, "tenants", "set", "acme")["database"] == str(file)
+        assert main(["keys", "list"]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_a_key_in_the_place_of_an_id_is_not_repeated(capsys: Said, url: str) -> None:
+    key = ordered(capsys, "keys", "create", "--tenant", "acme")["key"]
+    for arguments in (
+        ["keys", "show", key],
+        ["keys", "revoke", f"x{key}y"],
+        ["keys", "rotate", key[:40]],
+        ["tenants", "show", key],
+        ["tenants", "set", key],
+        ["keys", key],
+        ["keys", "show", "key_a", key],
+        ["keys", "create", "--tenant", "acme", "--deadline-ms", key],
+        ["keys", "create", "--tenant", "acme", "--limit", key],
+        ["keys", "create", "--tenant", "acme", "--expires", key],
+        ["keys", "create", "--tenant", "acme", "--class", key],
+    ):
+        code, said = refused(capsys, *arguments)
+        assert code == 2
+        assert key[8:30] not in said, said
+    assert main(["keys", "show", key, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert key[8:30] not in out + err
+    assert "looks like a key: ids begin with key_" in json.loads(out)["error"]
+
+
+def test_an_update_of_nothing_is_refused(capsys: Said, url: str) -> None:
+    made = ordered(capsys, "keys", "create", "--tenant", "acme")
+    code, said = refused(capsys, "keys", "update", made["id"])
+    assert code == 2
+    assert "nothing was given to change" in said
+
+
+def test_none_takes_a_number_away_and_is_no_model(capsys: Said, url: str) -> None:
+    numbers = ("--deadline-ms", "500", "--max-output-tokens", "9")
+    made = ordered(capsys, "keys", "create", "--tenant", "acme", "--models", "a", *numbers)
+    changed = ordered(capsys, "keys", "update", made["id"], "--deadline-ms", "none", "--max-output-tokens", "none")
+    assert (changed["deadline_ms"], changed["max_output_tokens"], changed["models"]) == (None, None, ["a"])
+    for flag in ("--models", "--adapters", "--regions"):
+        code, said = refused(capsys, "keys", "update", made["id"], flag, "none")
+        assert code == 2
+        assert f"{flag}: 'none' is no name; write '*' for all" in said
+    assert ordered(capsys, "keys", "update", made["id"], "--name", "none")["name"] == "none"
 
 
 def test_the_command_is_quick_to_start() -> None:

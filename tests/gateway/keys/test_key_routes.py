@@ -366,3 +366,33 @@ async def test_orders_at_the_same_time_are_all_carried_out(tmp_path: Path) -> No
         assert len({each["key"] for each in answers}) == 12
         assert len((await desk.ask("GET", "/admin/keys"))["data"]) == 12
         assert all(isinstance(route, Route) for route in key_routes(lambda: None, None, desk.on_changed))
+
+
+async def test_a_key_in_the_place_of_something_else_is_not_repeated(tmp_path: Path) -> None:
+    async with office(tmp_path) as desk:
+        key = (await desk.create())["key"]
+        for method, path, content, status in (
+            ("GET", f"/admin/keys/{key}", None, 404),
+            ("DELETE", f"/admin/keys/{key[:50]}", None, 404),
+            ("PATCH", f"/admin/keys/{key}", {"name": "x"}, 404),
+            ("GET", f"/admin/tenants/{key}", None, 404),
+            ("PUT", f"/admin/tenants/{key}", {"weight": 2}, 400),
+            ("POST", "/admin/keys", {"tenant": "acme", key: 1}, 400),
+            ("POST", "/admin/keys", {"tenant": "acme", "limits": {key: 1}}, 400),
+            ("POST", "/admin/keys", {"tenant": "acme", "class": key}, 400),
+            ("POST", "/admin/keys", {"tenant": "acme", "expires": key}, 400),
+        ):
+            error = await desk.refused(method, path, content, status)
+            assert key[8:30] not in str(error), error
+
+
+async def test_a_name_of_a_note_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:
+    async with office(tmp_path) as desk:
+        for name in ("a\nb", "\x1b[31m", "\x00"):
+            for method, path, rest in (
+                ("POST", "/admin/keys", {"tenant": "acme"}),
+                ("PUT", "/admin/tenants/acme", {}),
+            ):
+                error = await desk.refused(method, path, {**rest, "metadata": {name: "x"}}, 400)
+                assert error["param"] == "metadata"
+                assert "printable characters" in error["message"]

@@ -41,5 +41,6 @@ if #told > 0 then
     return true
   end)
 end
+tidy()
 save()
 return granted

@@ -25,7 +25,7 @@ local REMEMBER, MAX_GONE, STALE, NEVER = 60000000, 65536, 300000000, 90071992547
 local REMEMBER_MS = '180000' -- a generation that nobody turns over ends by itself
 local TIDY_EVERY = 3600000000
 -- A day and an hour, from when a key is made or tidied on: longer than any request, and then a pool that nobody uses any
--- more is gone. Who uses it renews, which tidies. A key that ran empty is another when it is written to again.
+-- more is gone. Who uses it leaves places and renews them, which tidies. A key that ran empty is another when it is written to again.
 local KEEP_S = '90000'
 
 local call, pack, unpack_ = redis.call, cmsgpack.pack, cmsgpack.unpack
