@@ -71,7 +71,7 @@ bench: $(VENV)/.ready-dev ## CPU per request and chunk, added latency, the choic
 load: $(VENV)/.ready-dev ## one short round of the same, which writes nothing
 	@$(py) -m loadtests.bench --quick $(ARGS)
 
-faults: $(VENV)/.ready-dev ## limits and queue while Redis is killed, frozen, replaced: the long form, into docs/limits.md (5 minutes)
+faults: $(VENV)/.ready-dev ## limits and queue while Redis is killed, frozen, replaced: the long form, into docs/limits.md (8 minutes)
 	@$(py) -m tests.faults.report $(ARGS)
 
 test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang and vLLM on the CPU included (a large install, minutes)

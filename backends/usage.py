@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, gc=False):
     """What one answer used. Counts are tokens."""
 
     prompt_tokens: int = 0

@@ -35,7 +35,7 @@ _SPACE, _COMMA, _BRACE = b" ,}"
 _ranges = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class Body(msgspec.Struct, frozen=True):
+class Body(msgspec.Struct, frozen=True, gc=False):
     """A parsed request body: the tree, the untouched bytes, and where each top-level value stands in them."""
 
     raw: bytes

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from backends.dialects.protocol import CHAT, COMPLETIONS
 from gateway.errors import InvalidRequest
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
 
 _OF_CHAT = ("max_completion_tokens", "max_tokens", "n_predict")
 _OF_COMPLETIONS = ("max_tokens", "n_predict")

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from backends.dialects import protocol
 from gateway.body import Body, parse
-from gateway.bounds import CHAT, COMPLETIONS, asked_choices, asked_output
+from gateway.bounds import asked_choices, asked_output
 from gateway.errors import InvalidRequest, ModelNotFound
 from gateway.fleet import Fleet, ModelRoute
 from gateway.keys.principal import Principal, allowed_regions, authorise
@@ -21,7 +22,7 @@ from gateway.limits.classes import band_of, urgency, waits_long
 from gateway.store.places import Band
 from routing.types import InferenceRequest
 
-EMBEDDINGS = "/v1/embeddings"
+CHAT, COMPLETIONS, EMBEDDINGS = protocol.CHAT, protocol.COMPLETIONS, protocol.EMBEDDINGS
 INFERENCE_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
 
 STANDARD = "standard"
@@ -30,7 +31,7 @@ PASSED_ON = frozenset({b"traceparent", b"tracestate"})
 """The client headers that reach an upstream. Anything else, credentials above all, does not."""
 
 
-class Call(msgspec.Struct, frozen=True):
+class Call(msgspec.Struct, frozen=True, gc=False):
     """One HTTP request for inference, read whole, as an edge hands it over. Header names are lower case."""
 
     path: str
@@ -40,7 +41,7 @@ class Call(msgspec.Struct, frozen=True):
     """When its first byte came, in `time.monotonic()` seconds."""
 
 
-class Order(msgspec.Struct, frozen=True):
+class Order(msgspec.Struct, frozen=True, gc=False):
     """What was asked for, understood."""
 
     path: str

@@ -38,7 +38,7 @@ class Outcome(StrEnum):
     """A defect of Tidegate."""
 
 
-class Exchange(msgspec.Struct):
+class Exchange(msgspec.Struct, gc=False):
     """Everything that is known about one request, from its first byte to its settlement."""
 
     request_id: str

@@ -63,7 +63,7 @@ class AdapterRefused(Exception):
     """The engine would not load or unload an adapter; the message is its own reason, cleaned of nothing."""
 
 
-class Wish(msgspec.Struct, frozen=True):
+class Wish(msgspec.Struct, frozen=True, gc=False):
     """One request, as a dialect is asked to prepare it for its engine."""
 
     path: str
@@ -89,7 +89,7 @@ class Wish(msgspec.Struct, frozen=True):
     """Data-parallel rank to run on; None lets the engine choose."""
 
 
-class Prepared(msgspec.Struct):
+class Prepared(msgspec.Struct, gc=False):
     """How a wish is put to the engine."""
 
     path: str

@@ -199,7 +199,9 @@ class Gate:
             if not admission.admitted:
                 error = refusal_error(visit.plan, admission, visit.reserved)
                 if visit.share > 1:
-                    error.message += f" (The store of limits is away: this gateway keeps to one of {visit.share} shares.)"
+                    error.message += (
+                        f" (The store of limits is away: this gateway keeps to one of {visit.share} shares.)"
+                    )
                 raise error
         entry = visit.entry
         if entry is None or visit.granted:

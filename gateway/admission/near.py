@@ -30,7 +30,7 @@ class Near:
         self._gateway = gateway
         self._is_share = shared
         self._on_grant = on_grant
-        self._limits = MemoryLimits()
+        self._limits = MemoryLimits(echoes=False)
         self._places = self._no_places()
         self._shares: dict[tuple[int, int], tuple[tuple[Scope, ...], tuple[Scope, ...]]] = {}
         self._rooms: dict[tuple[Room, int], Room] = {}
@@ -106,7 +106,7 @@ class Near:
         self._places = self._no_places()
 
     def _no_places(self) -> MemoryPlaces:
-        return MemoryPlaces(now_us, self._granted)
+        return MemoryPlaces(now_us, self._granted, echoes=False)
 
     def _granted(self, _: str, pool: str, id: str) -> None:
         self._on_grant(pool, id)

@@ -15,7 +15,7 @@ _NOTHING_USED = frozenset({Outcome.REJECTED, Outcome.UPSTREAM_REJECTED, Outcome.
 """No model has worked for the caller, or not to any use that can be charged for."""
 
 
-class Settlement(msgspec.Struct, frozen=True):
+class Settlement(msgspec.Struct, frozen=True, gc=False):
     used: Cost
     work: int
     """In VTC's units, for the tenant's turn in the queue."""

@@ -68,7 +68,7 @@ _MAX_MODELS, _MAX_PAIRS = 4096, 65_536
 CountTokens = Callable[[str], int]
 
 
-class Estimate(msgspec.Struct, frozen=True):
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """What one request will use. Tokens are 1 to `MAX_TOKENS`; output may be 0 (embeddings)."""
 
     input: int

@@ -29,7 +29,7 @@ class Unit(IntEnum):
     TOTAL = 3
 
 
-class Cost(msgspec.Struct, frozen=True, array_like=True):
+class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a request takes: reserved before it, or used in the end. Whole numbers, 0 or more."""
 
     requests: int = 1
@@ -42,7 +42,7 @@ class Cost(msgspec.Struct, frozen=True, array_like=True):
     """Millionths of a US dollar."""
 
 
-class Rate(msgspec.Struct, frozen=True, array_like=True):
+class Rate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """At most `burst + per_minute * minutes` in every interval, exactly, for costs up to `burst`.
 
     A single cost above `burst` and up to `largest` is admitted when the mark does not lie in the future (nothing is
@@ -58,7 +58,7 @@ class Rate(msgspec.Struct, frozen=True, array_like=True):
     """`burst` or more."""
 
 
-class Budget(msgspec.Struct, frozen=True, array_like=True):
+class Budget(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Money for one calendar period."""
 
     period: str
@@ -71,7 +71,7 @@ class Budget(msgspec.Struct, frozen=True, array_like=True):
     """End of the period, microseconds since 1970: the store may forget the count after that."""
 
 
-class Scope(msgspec.Struct, frozen=True, array_like=True):
+class Scope(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One holder of limits: a key, a tenant, a user, a model, or a tenant's use of a model."""
 
     key: str
@@ -84,7 +84,7 @@ class Scope(msgspec.Struct, frozen=True, array_like=True):
     """Judge and report, never refuse. What would have been refused is not charged to this scope."""
 
 
-class Refusal(msgspec.Struct, frozen=True, array_like=True):
+class Refusal(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One limit that said no."""
 
     scope: int
@@ -98,7 +98,7 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
     shadow: bool = False
 
 
-class Admission(msgspec.Struct, frozen=True, array_like=True):
+class Admission(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The answer to one request. Positions follow the scopes, and within them the rates and budgets, as given."""
 
     admitted: bool
@@ -113,7 +113,7 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     """Every limit that said no, those of shadow scopes included."""
 
 
-class Held(msgspec.Struct, frozen=True, array_like=True):
+class Held(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A reservation that goes on, as its gateway knows it."""
 
     id: str

@@ -72,7 +72,9 @@ class Line:
     After each call `told` has the requests that were granted and that the answer does not tell; the caller takes them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, echoes: bool = True) -> None:
+        self._echoes = echoes
+        """Whether a message may come late or twice, so that ids that have left are remembered."""
         self.told: list[Grant] = []
         self._bands = tuple(BandQueue(index) for index in range(4))
         self._held: dict[str, _Place] = {}
@@ -130,9 +132,10 @@ class Line:
             self._give_back(place, used)
         elif (waiter := self._queued.get(id)) is not None:
             self._take_out(waiter, granted=False)
-        if now_us - self._gone_since_us >= REMEMBER_US or len(self._gone) >= MAX_GONE:
-            self._turn_over(now_us)
-        self._gone.add(id)
+        if self._echoes:
+            if now_us - self._gone_since_us >= REMEMBER_US or len(self._gone) >= MAX_GONE:
+                self._turn_over(now_us)
+            self._gone.add(id)
         if now_us >= self._next_end_us:
             self._expire(now_us)
         if self._waiting:

@@ -14,10 +14,13 @@ class MemoryPlaces:
     """The queues of one process. See `Places`; the `_now` methods are the same without a loop turn.
 
     `on_granted(gateway, pool, id)` is called for every grant that the answer of the call does not tell. It must not
-    call back into this object.
+    call back into this object. `echoes` off: nobody's messages can come late or twice, so no id is remembered.
     """
 
-    def __init__(self, clock_us: Callable[[], int], on_granted: Callable[[str, str, str], None]) -> None:
+    def __init__(
+        self, clock_us: Callable[[], int], on_granted: Callable[[str, str, str], None], *, echoes: bool = True
+    ) -> None:
+        self._echoes = echoes
         self._clock_us = clock_us
         self._on_granted = on_granted
         self._lines: dict[str, Line] = {}
@@ -61,7 +64,7 @@ class MemoryPlaces:
         return self.standing_now(pool)
 
     def _line(self, pool: str) -> Line:
-        return self._lines.setdefault(pool, Line())
+        return self._lines.setdefault(pool, Line(echoes=self._echoes))
 
     def _tell(self, pool: str, line: Line) -> None:
         told, line.told = line.told, []

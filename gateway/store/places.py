@@ -28,7 +28,7 @@ class Band(IntEnum):
     SHEDDABLE = 3
 
 
-class Room(msgspec.Struct, frozen=True, array_like=True):
+class Room(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How a pool is run just now, as the asking gateway sees it. The last one told is in force."""
 
     requests: int
@@ -48,7 +48,7 @@ class Room(msgspec.Struct, frozen=True, array_like=True):
     """How long after its gateway's last sign of life (`enter`, `leave`, `renew`) a waiting request may be granted."""
 
 
-class Ticket(msgspec.Struct, frozen=True, array_like=True):
+class Ticket(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request for a place."""
 
     id: str
@@ -72,7 +72,7 @@ class State(StrEnum):
     REFUSED = "refused"
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
+class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The answer to `enter`."""
 
     state: State
@@ -85,20 +85,20 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     `left` (it has left already: an echo)."""
 
 
-class Granted(msgspec.Struct, frozen=True, array_like=True):
+class Granted(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Requests of the calling gateway that have a place since it was last told. Others' are told theirs."""
 
     ids: tuple[str, ...] = ()
 
 
-class Renewal(msgspec.Struct, frozen=True, array_like=True):
+class Renewal(msgspec.Struct, frozen=True, array_like=True, gc=False):
     granted: tuple[str, ...] = ()
     """Of the `waiting` given: those that have a place."""
     lost: tuple[str, ...] = ()
     """Of the `waiting` given: those that the store knows nothing of; enter them anew."""
 
 
-class Standing(msgspec.Struct, frozen=True, array_like=True):
+class Standing(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a pool looks like, for metrics and the dashboard."""
 
     running: tuple[int, int, int, int]

@@ -1,7 +1,7 @@
 """Runs the experiments and puts what they found into docs/limits.md: ``python -m tests.faults.report``.
 
 ``--short`` takes a minute and a half and shows that the machinery works; without it the faults last as long as the
-experiments say, about five minutes. ``--from FILE`` writes the table from an earlier run. Nothing is written when a
+experiments say, about eight minutes. ``--from FILE`` writes the table from an earlier run. Nothing is written when a
 test failed, unless ``--anyway``: then the table says so.
 """
 

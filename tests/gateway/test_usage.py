@@ -66,14 +66,22 @@ def test_a_large_answer_is_not_parsed_whole() -> None:
     [
         ({}, Usage()),
         ({"prompt_tokens": None, "completion_tokens": None, "prompt_tokens_details": None}, Usage()),
-        ({"prompt_tokens": -1, "completion_tokens": "5"}, Usage()),
-        ({"prompt_tokens": 1.5, "completion_tokens": True}, Usage()),
         ({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": None}}, Usage(3)),
         ({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}, Usage(3, 0, 2)),
     ],
 )
-def test_counts_that_engines_leave_out_or_garble_are_zero(reported: dict[str, object], usage: Usage) -> None:
+def test_counts_that_engines_leave_out_are_zero(reported: dict[str, object], usage: Usage) -> None:
     assert read_openai_usage(reported) == usage
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens"])
+@pytest.mark.parametrize("value", [2**64 - 1, 10**8 + 1, -1, 1.5, 12.0, True, "5", [], 10**400])
+def test_a_number_that_cannot_be_a_count_makes_the_report_none(name: str, value: object) -> None:
+    assert read_openai_usage({"prompt_tokens": 5, "completion_tokens": 7, name: value}) is None
+    assert read_openai_usage({name: value}) is None
+    assert read_openai_usage({"prompt_tokens": 10**8, "completion_tokens": 10**8}) == Usage(10**8, 10**8)
+    details = {"cached_tokens": value, "cache_write_tokens": value}
+    assert read_openai_usage({"prompt_tokens": 5, "prompt_tokens_details": details}) == Usage(5)
 
 
 def test_cached_tokens_have_their_own_price() -> None:

@@ -141,3 +141,10 @@ def test_what_decides_who_answers_is_never_left_out() -> None:
     reply = UpstreamReply(400, [], b"unknown fields: stream, lora, lora_request, routed_dp_rank")
     ours = dict.fromkeys(("stream", "lora", "lora_request", "routed_dp_rank"), b"1")
     assert refused_field(reply, ours, {}) is None
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_what_bounds_the_output_is_never_left_out(field: str) -> None:
+    # vLLM, of a prompt that leaves less room than a hard limit allows.
+    said = f"'{field}' or 'max_completion_tokens' is too large: 4096. This model's maximum context length is 4096"
+    assert refused_field(UpstreamReply(400, [], said.encode()), {field: b"4096"}, {}) is None

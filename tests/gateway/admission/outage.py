@@ -1,4 +1,4 @@
-"""Gateways in the test's own event loop whose Redis goes away and returns, and an engine that knows its busiest moment."""
+"""Gateways in the test's own loop whose Redis goes away and returns, and an engine that knows its busiest moment."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ class Watched(FakeEngine):
         """For each request in the order of their arrival: how many ran then, it included."""
         self._running = 0
         super().__init__(**defaults)
+
+    async def __aenter__(self) -> Watched:
+        await self.start()
+        return self
 
     @property
     def running(self) -> int:

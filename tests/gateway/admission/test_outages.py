@@ -203,6 +203,35 @@ async def test_a_place_taken_in_an_outage_is_known_to_the_other_gateway_after_it
             assert [(await waiter[0]).status, (await late[0]).status] == [200, 200]
 
 
+async def test_who_is_back_first_does_not_take_the_places_of_who_is_not_yet() -> None:
+    with RedisServer() as redis:
+        async with (
+            Watched() as engine,
+            RedisProxy("127.0.0.1", redis.port) as proxy,
+            admitting(queueing(engine.url, redis.url, 2)) as one,
+            admitting(queueing(engine.url, proxy.url, 2)) as other,
+            Crowd() as crowd,
+        ):
+            await until(lambda: one.runtime.gate.home.gateways == 2, LONG_S)
+            for number, gate in enumerate((one, other), 1):
+                crowd.send(gate, 1, **HANG)
+                await engine.received(number)
+            waiters = crowd.send(one, 2)
+            await until(lambda: waiting_at(one) == 2, LONG_S)
+            proxy.refusing_connections = True
+            redis.kill()
+            await away(one, other)
+            redis.start()
+            await stands(one, 1, 0)  # it has carried its own there
+            assert engine.peak == 2
+            proxy.refusing_connections = False
+            await back(one, other)
+            await stands(one, 2, 2)
+            assert engine.peak == 2
+            await leave(crowd.tasks[:2])
+            assert [(await waiter).status for waiter in waiters] == [200, 200]
+
+
 async def test_the_line_keeps_its_order_over_outages() -> None:
     with RedisServer() as redis:
         async with (

@@ -224,9 +224,7 @@ async def test_a_request_whose_only_region_is_full_keeps_nobody_else_from_a_plac
         async with admitting(settings) as gate, connect(gate.host, gate.port) as holder:
             await holder.send(post(CHAT, body(), "x-tidegate-region: eu-west"))
             await home.received(1)
-            restricted = [
-                asyncio.create_task(ask(gate, body(), CHAT, "x-tidegate-region: eu-west")) for _ in range(3)
-            ]
+            restricted = [asyncio.create_task(ask(gate, body(), CHAT, "x-tidegate-region: eu-west")) for _ in range(3)]
             await until(lambda: len(gate.runtime.gate.visits) == 4)
             for _ in range(5):
                 assert (await ask(gate, body(), CHAT, "x-tidegate-region: us-east")).status == 200

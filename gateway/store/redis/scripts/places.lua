@@ -26,7 +26,7 @@ local REMEMBER_MS = '180000' -- a generation that nobody turns over ends by itse
 local TIDY_EVERY = 3600000000
 -- A day and an hour, from when a key is made or tidied on: longer than any request, and then a pool that nobody uses any
 -- more is gone. Who uses it leaves places and renews them, which tidies. A key that ran empty is another when it is written to again.
-local KEEP_S = '90000'
+local KEEP_MS = '90000000'
 
 local call, pack, unpack_ = redis.call, cmsgpack.pack, cmsgpack.unpack
 local floor, max, min = math.floor, math.max, math.min
@@ -76,22 +76,22 @@ local function open_state()
 end
 
 local function save()
-  call('SET', STATE, pack(s), 'EX', KEEP_S)
+  call('SET', STATE, pack(s), 'PX', KEEP_MS)
 end
 
 local function see(gateway)
-  if call('ZADD', SEEN, whole(now), gateway) == 1 then call('EXPIRE', SEEN, KEEP_S) end
+  if call('ZADD', SEEN, whole(now), gateway) == 1 then call('PEXPIRE', SEEN, KEEP_MS) end
 end
 
 local function set_finish(band, tenant, finish)
-  if call('ZADD', FINISH[band], whole(finish), tenant) == 1 then call('EXPIRE', FINISH[band], KEEP_S) end
+  if call('ZADD', FINISH[band], whole(finish), tenant) == 1 then call('PEXPIRE', FINISH[band], KEEP_MS) end
 end
 
 local function tidy()
   if now - (s[TIDIED] or 0) < TIDY_EVERY then return end
   s[TIDIED] = now
   for i = 2, #KEYS do
-    if i ~= 8 and i ~= 9 then call('EXPIRE', KEYS[i], KEEP_S) end
+    if i ~= 8 and i ~= 9 then call('PEXPIRE', KEYS[i], KEEP_MS) end
   end
   if sum(WAITING) == 0 then call('ZREMRANGEBYSCORE', SEEN, '-inf', '(' .. whole(now - TIDY_EVERY)) end
 end
@@ -148,8 +148,8 @@ local function hold(ticket, tokens, ends, unconfirmed)
   call('HSET', HELD, ticket[ID], pack(ticket))
   call('ZADD', ENDS, whole(ends), ticket[ID])
   if first then
-    call('EXPIRE', HELD, KEEP_S)
-    call('EXPIRE', ENDS, KEEP_S)
+    call('PEXPIRE', HELD, KEEP_MS)
+    call('PEXPIRE', ENDS, KEEP_MS)
   end
   s[NEXT_END] = min(s[NEXT_END], ends)
 end
@@ -220,14 +220,14 @@ function open_queue()
     end
     if s[WAITING + band] == 0 or not first_entry(tenant, band) then
       call('ZADD', HEADS[band], whole(start_of(band, tenant)), number .. tenant)
-      if s[WAITING + band] == 0 then call('EXPIRE', HEADS[band], KEEP_S) end
+      if s[WAITING + band] == 0 then call('PEXPIRE', HEADS[band], KEEP_MS) end
     end
     local entry = table.concat({tenant, band - 1, number, pack(ticket)}, '\0')
     call('ZADD', LINE, 0, entry)
     call('HSET', QUEUED, ticket[ID], entry)
     call('ZADD', SIBLINGS, 0, ticket[GATEWAY] .. '\0' .. number .. '\0' .. ticket[ID])
     if sum(WAITING) == 0 then
-      for i = 4, 6 do call('EXPIRE', KEYS[i], KEEP_S) end
+      for i = 4, 6 do call('PEXPIRE', KEYS[i], KEEP_MS) end
     end
     s[WAITING + band] = s[WAITING + band] + 1
     return entry
