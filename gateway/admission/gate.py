@@ -392,10 +392,21 @@ class Gate:
                 heard = await self.home.beat(time.monotonic())
             except Exception:
                 logger.exception("the gate's housekeeping failed; it goes on in a second")
+            self._let_go_the_unserved()
             self._wake.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(every_s if heard or self.home.mode is Mode.LOCAL else _AFTER_FAILURE_S):
+                # Away for sure, or all well: once a second. In between, on the way there or back: sooner.
+                settled = heard is (self.home.mode is not Mode.LOCAL)
+                async with asyncio.timeout(every_s if settled else _AFTER_FAILURE_S):
                     await self._wake.wait()
+
+    def _let_go_the_unserved(self) -> None:
+        """There is nothing to wait for at a pool that nobody serves any more: routing tells its requests why."""
+        now = time.monotonic()
+        for visit in self.in_line():
+            unserved = self.rooms.room(visit.order.route.pool, now) is None
+            if unserved and visit.waiter is not None and not visit.waiter.done():
+                visit.waiter.set_result(None)
 
     def in_line(self) -> Iterable[Visit]:
         """Those that wait, for the dashboard."""

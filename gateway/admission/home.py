@@ -35,6 +35,7 @@ from gateway.store.redis.places import unpack_entry, unpack_granted
 
 if TYPE_CHECKING:  # a gateway without Redis does not load its client
     from gateway.store.redis.far import Far
+    from gateway.store.redis.store import Beat
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ LEASE_US = 30_000_000
 RENEW_EVERY_S = 10.0
 BEAT_S = 1.0
 """How often a gateway tells Redis that it is there; those that wait at one that is silent for three are passed over."""
+OTHERS_BACK_S = 1.0
+"""How long the return waits for the other gateways that were there before: they find out within 1.6 s."""
 FEWER_AFTER_S = 10.0
 """How long other gateways have to be gone before a share grows: a Redis that comes back empty counts from one again."""
 AT_ONCE = 100
@@ -96,6 +99,8 @@ class Home:
         self._workers = workers
         self._as_many_at = 0.0
         """When there were last as many gateways as `gateways`."""
+        self._back_since: float | None = None
+        """Since when Redis answers again, while this process still stands in."""
         self._standing_in = False
         """`near` knows everybody's places and leases."""
         self._untold: deque[Say] = deque()
@@ -330,17 +335,21 @@ class Home:
             self._look()
             return True
         try:
-            self._count(await far.store.beat(self.gateway, 3 * BEAT_S), now)
+            beat = await far.store.beat(self.gateway, 3 * BEAT_S)
+            self._count(beat.live, now)
             if self.subscribe_later is not None:
                 await self.subscribe_later()
                 self.subscribe_later = None
             await self._tell_untold(far)
             if self._standing_in:
-                await self._come_back(far, now)
+                await self._come_back(far, beat, now)
             else:
+                if not beat.known:
+                    await self._carry(far, now)
                 await self._renew(far, now)
         except StoreError as error:
             logger.debug("the sign of life did not reach Redis: %s", error)
+            self._back_since = None
             if self._standing_in:
                 self._look()
             return False
@@ -354,6 +363,7 @@ class Home:
             self.gateways = gateways
 
     def _look(self) -> None:
+        """Grant what has become free without anybody leaving."""
         waiting: dict[str, list[Visit]] = {}
         for visit in self._visits():
             if _in_line(visit) and visit.place_near:
@@ -395,8 +405,19 @@ class Home:
             if kept:
                 return
 
-    async def _come_back(self, far: Far, now: float) -> None:
-        """Carry everything to Redis, have it decide again, and carry what has come in between."""
+    async def _come_back(self, far: Far, beat: Beat, now: float) -> None:
+        """Carry what runs to Redis, wait for the other gateways to do so, then have Redis decide again, and carry those
+        who wait, and what has come in between.
+
+        A Redis that has lost its memory knows only of places that were carried to it: whoever lets it decide before
+        the others are back has their places granted once more.
+        """
+        if self._back_since is None:
+            self._back_since = now
+        await self._carry_running(far, now)
+        if beat.live < self.gateways and now - self._back_since < OTHERS_BACK_S:
+            return
+        self._back_since = None
         await self._carry(far, now)
         self._now_in(Mode.REDIS)
         while any(_not_there(visit) for visit in self._visits()):
@@ -406,14 +427,23 @@ class Home:
         for visit in self._visits():
             visit.place_near = False
 
-    async def _carry(self, far: Far, now: float) -> None:
+    async def _carry_running(self, far: Far, now: float) -> None:
         visits = [visit for visit in self._visits() if not visit.left and not visit.asked]
-        charged = [visit for visit in visits if visit.charged_near or visit.charged_far]
-        await self._renew_leases(far, charged)
+        await self._renew_leases(far, [visit for visit in visits if visit.charged_near or visit.charged_far])
         await self._renew_places(far, [visit for visit in visits if visit.granted])
         for visit in visits:
             visit.lease_due_at = now + RENEW_EVERY_S
-        waiting = [visit for visit in visits if _in_line(visit) and not visit.place_far]
+
+    async def _carry(self, far: Far, now: float) -> None:
+        await self._carry_running(far, now)
+        by_pool: dict[str, list[Visit]] = {}
+        for visit in self._visits():
+            if _in_line(visit) and visit.place_far:
+                by_pool.setdefault(visit.pool, []).append(visit)
+        for pool, members in by_pool.items():  # all of the lost first, so that everybody is entered in order
+            for visit in await self._lost(far, pool, members):
+                visit.place_far = False
+        waiting = [visit for visit in self._visits() if _in_line(visit) and not visit.place_far and not visit.asked]
         for some in _chunks(waiting, AT_ONCE):
             asked = []
             for visit in some:
@@ -476,12 +506,18 @@ class Home:
                     visit.place_far = True  # so that leaving meanwhile is told
                 await far.places.renew(pool, self.gateway, tickets, (), self._room_of(live[0]))
 
-    async def _renew_waiting(self, far: Far, pool: str, members: Sequence[Visit]) -> None:
+    async def _lost(self, far: Far, pool: str, members: Sequence[Visit]) -> list[Visit]:
+        """Give a sign of life for requests that wait; those that Redis knows nothing of."""
         by_id = {visit.ticket.id: visit for visit in members if visit.ticket is not None}
         renewal = await far.places.renew(pool, self.gateway, (), list(by_id), self._room_of(members[0]))
         for id in renewal.granted:
             self.granted_far(pool, id)
-        lost = [by_id[id] for id in renewal.lost]
+        return [by_id[id] for id in renewal.lost]
+
+    async def _renew_waiting(self, far: Far, pool: str, members: Sequence[Visit]) -> None:
+        lost = await self._lost(far, pool, members)
+        if lost:  # with them, perhaps what runs
+            await self._renew_places(far, [each for each in self._visits() if each.granted and each.pool == pool])
         for visit in lost:
             if visit.left or visit.granted or visit.ticket is None:
                 continue

@@ -10,7 +10,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.store.memory import EXPIRY_STEP_S, MAX_FACTS_BYTES, MAX_TOMBSTONES
 from gateway.store.protocol import (
@@ -34,6 +34,15 @@ POLL_S = 0.5
 PAGE_CHANGES = 500
 PAGE_BYTES = 131_072
 """About how much one reply may have: no other call waits long behind it."""
+
+
+class Beat(NamedTuple):
+    """The answer to a sign of life."""
+
+    live: int
+    """Processes that live, this one included."""
+    known: bool
+    """Whether Redis knew this one; else it has lost its memory, or this process was silent for too long."""
 
 
 class RedisStore:
@@ -117,10 +126,11 @@ class RedisStore:
                 woken = loop.create_future()
                 await asyncio.sleep(min(GATHER_S, max(0.0, end - loop.time())))
 
-    async def beat(self, gateway: str, ttl_s: float) -> int:
-        """Note that this process lives, for `ttl_s` seconds; how many live, this one included. 0 seconds: it ends."""
+    async def beat(self, gateway: str, ttl_s: float) -> Beat:
+        """Note that this process lives, for `ttl_s` seconds. 0 seconds: it ends."""
         check_name("a gateway", gateway)
-        return int(await self._run(self._beat, (self._gateways,), (gateway, _us(ttl_s) if ttl_s > 0 else 0)))
+        live, known = await self._run(self._beat, (self._gateways,), (gateway, _us(ttl_s) if ttl_s > 0 else 0))
+        return Beat(live, known == 1)
 
     async def aclose(self) -> None:
         self._closed = True

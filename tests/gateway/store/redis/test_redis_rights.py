@@ -63,7 +63,7 @@ async def _leases_and_facts(store: RedisStore) -> None:
     await store.post("key", b"value", 5.0)
     await store.withdraw("key")
     await store.release("job", "a")
-    assert await store.beat("gateway 1", 5.0) == 1
+    assert (await store.beat("gateway 1", 5.0)).live == 1
     cursor = (await store.read_since()).cursor
     reading = asyncio.create_task(store.read_since(cursor, 10.0))
     await asyncio.sleep(0.05)

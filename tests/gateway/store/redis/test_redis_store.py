@@ -34,14 +34,16 @@ async def half(folder: Path) -> AsyncIterator[Redis]:
 
 async def test_live_gateways_are_counted_and_dead_ones_are_not(half: Redis) -> None:
     first, second = half.open(), half.open()
-    assert await first.beat("a", 3.0) == 1
-    assert await second.beat("b", 3.0) == 2
+    assert (await first.beat("a", 3.0)).live == 1
+    assert (await second.beat("b", 3.0)).live == 2
     await half.pass_time(2.0)
-    assert await first.beat("a", 3.0) == 2
+    assert (await first.beat("a", 3.0)).live == 2
     await half.pass_time(1.0)
-    assert await first.beat("a", 3.0) == 1
-    assert await second.beat("b", 3.0) == 2
-    assert await second.beat("b", 0.0) == 1  # it says that it ends
+    assert (await first.beat("a", 3.0)).live == 1
+    assert (await second.beat("b", 3.0)).live == 2
+    assert (await second.beat("b", 3.0)).known
+    assert (await second.beat("b", 0.0)).live == 1  # it says that it ends
+    assert not (await second.beat("b", 3.0)).known
 
 
 async def test_more_than_one_page_is_read_whole(store: RedisStore) -> None:
