@@ -335,6 +335,10 @@ class Home:
             self._look()
             return True
         try:
+            if self._standing_in:
+                await self._carry_running(far, now)  # before anybody counts this process as one that is back
+                if self._back_since is None:
+                    self._back_since = self._as_many_at = now
             beat = await far.store.beat(self.gateway, 3 * BEAT_S)
             self._count(beat.live, now)
             if self.subscribe_later is not None:
@@ -406,16 +410,13 @@ class Home:
                 return
 
     async def _come_back(self, far: Far, beat: Beat, now: float) -> None:
-        """Carry what runs to Redis, wait for the other gateways to do so, then have Redis decide again, and carry those
-        who wait, and what has come in between.
+        """What runs is there: wait until the other gateways' is, too, then carry those who wait, have Redis decide
+        again, and carry what has come in between.
 
         A Redis that has lost its memory knows only of places that were carried to it: whoever lets it decide before
         the others are back has their places granted once more.
         """
-        if self._back_since is None:
-            self._back_since = now
-        await self._carry_running(far, now)
-        if beat.live < self.gateways and now - self._back_since < OTHERS_BACK_S:
+        if beat.live < self.gateways and self._back_since is not None and now - self._back_since < OTHERS_BACK_S:
             return
         self._back_since = None
         await self._carry(far, now)
@@ -452,12 +453,11 @@ class Home:
                 asked.append(far.enter(visit.pool, visit.ticket, self._room_of(visit)))
             answers = await asyncio.gather(*asked, return_exceptions=True)
             for visit, answer in zip(some, answers, strict=True):
-                if isinstance(answer, BaseException):
-                    visit.place_far = False
-                elif not visit.left and not visit.granted:
-                    entry = unpack_entry(answer)
-                    visit.place_far = entry.state is not State.REFUSED
-                    self._after_moving(visit, entry)
+                if isinstance(answer, BaseException) or visit.left or visit.granted:
+                    continue  # one that was not heard is found lost by the next round, and one that left has said so
+                entry = unpack_entry(answer)
+                visit.place_far = entry.state is not State.REFUSED
+                self._after_moving(visit, entry)
             for answer in answers:
                 if isinstance(answer, BaseException):
                     raise answer
@@ -483,13 +483,9 @@ class Home:
     async def _renew_leases(self, far: Far, visits: Sequence[Visit]) -> None:
         for some in _chunks([visit for visit in visits if visit.scopes], AT_ONCE):
             live = [visit for visit in some if not visit.left]
-            await far.limits.renew([Held(visit.charge_id, visit.scopes, visit.reserved) for visit in live], LEASE_US)
             for visit in live:
-                if visit.left:  # while Redis was told; nobody else will tell it
-                    say = partial(_settle, id=visit.charge_id, scopes=visit.scopes, reserved=visit.reserved, used=None)
-                    self._tell(say, visit.pool)
-                else:
-                    visit.charged_far = True
+                visit.charged_far = True  # so that leaving is told, also when the answer is lost
+            await far.limits.renew([Held(visit.charge_id, visit.scopes, visit.reserved) for visit in live], LEASE_US)
 
     async def _renew_places(self, far: Far, visits: Sequence[Visit]) -> None:
         by_pool: dict[str, list[Visit]] = {}
