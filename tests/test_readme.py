@@ -139,11 +139,14 @@ print(answer.choices[0].text)
         assert run_python(example + question).strip()
 
 
-def test_configuration_example_is_accepted(tmp_path: Path) -> None:
-    (example,) = blocks("yaml")
+def test_configuration_examples_are_accepted(tmp_path: Path) -> None:
+    example, with_keys = blocks("yaml")
     file = tmp_path / "tidegate.yaml"
     file.write_text(example)
     assert load(file, {}).models["chat"].aliases == ("gpt-4o-mini",)
+    file.write_text(example + with_keys)
+    settings = load(file, {})
+    assert (settings.auth, settings.tenants["search"].weight) == ("keys", 4)
 
 
 def test_every_make_target_and_file_that_is_mentioned_exists() -> None:
