@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from gateway.admission.home import RENEW_EVERY_S, Home, Mode
+from gateway.admission.carrier import RENEW_EVERY_S
+from gateway.admission.home import Home, Mode
 from gateway.admission.metrics import AdmissionMetrics
 from gateway.admission.refusals import PriceUnknown, QueueFull, QueueTimeout
 from gateway.admission.rooms import Rooms

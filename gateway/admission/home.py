@@ -17,17 +17,18 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from gateway.admission.carrier import AT_ONCE, LEASE_US, Carrier
 from gateway.admission.near import Near
 from gateway.admission.refusals import QueueFull
 from gateway.admission.visit import Visit
-from gateway.store.limits import Cost, Held, Scope
+from gateway.store.limits import Cost, Scope
 from gateway.store.places import Entry, Room, State
 from gateway.store.protocol import StoreError, StoreUnavailable
 from gateway.store.redis.limits import unpack_admission
@@ -39,17 +40,12 @@ if TYPE_CHECKING:  # a gateway without Redis does not load its client
 
 logger = logging.getLogger(__name__)
 
-LEASE_US = 30_000_000
-"""How long a dead gateway's reservations and places stay taken in Redis."""
-RENEW_EVERY_S = 10.0
 BEAT_S = 1.0
 """How often a gateway tells Redis that it is there; those that wait at one that is silent for three are passed over."""
 OTHERS_BACK_S = 1.0
 """How long the return waits for the other gateways that were there before: they find out within 1.6 s."""
 FEWER_AFTER_S = 10.0
 """How long other gateways have to be gone before a share grows: a Redis that comes back empty counts from one again."""
-AT_ONCE = 100
-"""Leases, places or settlements told in one go: less than a millisecond of Redis' time."""
 MAX_UNTOLD = 20_000
 """Settlements kept for Redis. Beyond it the oldest are dropped: their tokens stay charged, their leases run out."""
 
@@ -104,6 +100,16 @@ class Home:
         self._standing_in = False
         """`near` knows everybody's places and leases."""
         self._untold: deque[Say] = deque()
+        self._carrier: Carrier | None = None
+        if far is not None:
+            self._carrier = Carrier(
+                far,
+                gateway,
+                visits=visits,
+                room_of=room_of,
+                granted=self.granted_far,
+                moved=self._after_moving,
+            )
 
     @property
     def untold(self) -> int:
@@ -312,7 +318,7 @@ class Home:
             if visit.granted and not visit.place_near:
                 self.near.hold(visit, self._room_of(visit), self._share)
         for visit in visits:
-            if not _in_line(visit) or visit.place_near:
+            if not visit.in_line or visit.place_near:
                 continue
             entry = self.near.enter(visit, self._room_of(visit), self._share)
             visit.place_near = entry.state is not State.REFUSED
@@ -330,13 +336,13 @@ class Home:
 
         Without Redis, a look at whether pools have grown.
         """
-        far = self.far
-        if far is None:
+        far, carrier = self.far, self._carrier
+        if far is None or carrier is None:
             self._look()
             return True
         try:
             if self._standing_in:
-                await self._carry_running(far, now)  # before anybody counts this process as one that is back
+                await carrier.carry_running(now)  # before anybody counts this process as one that is back
                 if self._back_since is None:
                     self._back_since = self._as_many_at = now
             beat = await far.store.beat(self.gateway, 3 * BEAT_S)
@@ -346,11 +352,11 @@ class Home:
                 self.subscribe_later = None
             await self._tell_untold(far)
             if self._standing_in:
-                await self._come_back(far, beat, now)
+                await self._come_back(carrier, beat, now)
             else:
                 if not beat.known:
-                    await self._carry(far, now)
-                await self._renew(far, now)
+                    await carrier.carry(now)
+                await carrier.renew(now)
         except StoreError as error:
             logger.debug("the sign of life did not reach Redis: %s", error)
             self._back_since = None
@@ -370,7 +376,7 @@ class Home:
         """Grant what has become free without anybody leaving."""
         waiting: dict[str, list[Visit]] = {}
         for visit in self._visits():
-            if _in_line(visit) and visit.place_near:
+            if visit.in_line and visit.place_near:
                 waiting.setdefault(visit.pool, []).append(visit)
         for pool, visits in waiting.items():
             ids = [visit.ticket.id for visit in visits if visit.ticket is not None]
@@ -409,7 +415,7 @@ class Home:
             if kept:
                 return
 
-    async def _come_back(self, far: Far, beat: Beat, now: float) -> None:
+    async def _come_back(self, carrier: Carrier, beat: Beat, now: float) -> None:
         """What runs is there: wait until the other gateways' is, too, then carry those who wait, have Redis decide
         again, and carry what has come in between.
 
@@ -419,107 +425,14 @@ class Home:
         if beat.live < self.gateways and self._back_since is not None and now - self._back_since < OTHERS_BACK_S:
             return
         self._back_since = None
-        await self._carry(far, now)
+        await carrier.carry(now)
         self._now_in(Mode.REDIS)
         while any(_not_there(visit) for visit in self._visits()):
-            await self._carry(far, now)
+            await carrier.carry(now)
         self._standing_in = False  # from the last look to here nothing was awaited
         self.near.forget_places()
         for visit in self._visits():
             visit.place_near = False
-
-    async def _carry_running(self, far: Far, now: float) -> None:
-        visits = [visit for visit in self._visits() if not visit.left and not visit.asked]
-        await self._renew_leases(far, [visit for visit in visits if visit.charged_near or visit.charged_far])
-        await self._renew_places(far, [visit for visit in visits if visit.granted])
-        for visit in visits:
-            visit.lease_due_at = now + RENEW_EVERY_S
-
-    async def _carry(self, far: Far, now: float) -> None:
-        await self._carry_running(far, now)
-        by_pool: dict[str, list[Visit]] = {}
-        for visit in self._visits():
-            if _in_line(visit) and visit.place_far:
-                by_pool.setdefault(visit.pool, []).append(visit)
-        for pool, members in by_pool.items():  # all of the lost first, so that everybody is entered in order
-            for visit in await self._lost(far, pool, members):
-                visit.place_far = False
-        waiting = [visit for visit in self._visits() if _in_line(visit) and not visit.place_far and not visit.asked]
-        for some in _chunks(waiting, AT_ONCE):
-            asked = []
-            for visit in some:
-                assert visit.ticket is not None
-                visit.place_far = True
-                asked.append(far.enter(visit.pool, visit.ticket, self._room_of(visit)))
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            for visit, answer in zip(some, answers, strict=True):
-                if isinstance(answer, BaseException) or visit.left or visit.granted:
-                    continue  # one that was not heard is found lost by the next round, and one that left has said so
-                entry = unpack_entry(answer)
-                visit.place_far = entry.state is not State.REFUSED
-                self._after_moving(visit, entry)
-            for answer in answers:
-                if isinstance(answer, BaseException):
-                    raise answer
-
-    # -- renewing
-
-    async def _renew(self, far: Far, now: float) -> None:
-        """Renew leases that are due, and give a sign of life for every request that waits."""
-        due: list[Visit] = []
-        waiting: dict[str, list[Visit]] = {}
-        for visit in self._visits():
-            if visit.lease_due_at <= now and not visit.asked:
-                due.append(visit)
-            if _in_line(visit) and visit.place_far:
-                waiting.setdefault(visit.pool, []).append(visit)
-        await self._renew_leases(far, [visit for visit in due if visit.charged_far])
-        await self._renew_places(far, [visit for visit in due if visit.granted])
-        for visit in due:
-            visit.lease_due_at = now + RENEW_EVERY_S
-        for pool, members in waiting.items():
-            await self._renew_waiting(far, pool, members)
-
-    async def _renew_leases(self, far: Far, visits: Sequence[Visit]) -> None:
-        for some in _chunks([visit for visit in visits if visit.scopes], AT_ONCE):
-            live = [visit for visit in some if not visit.left]
-            for visit in live:
-                visit.charged_far = True  # so that leaving is told, also when the answer is lost
-            await far.limits.renew([Held(visit.charge_id, visit.scopes, visit.reserved) for visit in live], LEASE_US)
-
-    async def _renew_places(self, far: Far, visits: Sequence[Visit]) -> None:
-        by_pool: dict[str, list[Visit]] = {}
-        for visit in visits:
-            if visit.ticket is not None:
-                by_pool.setdefault(visit.pool, []).append(visit)
-        for pool, members in by_pool.items():
-            for some in _chunks(members, AT_ONCE):
-                live = [visit for visit in some if visit.granted and not visit.left]
-                tickets = [visit.ticket for visit in live if visit.ticket is not None]
-                if not live:
-                    continue
-                for visit in live:
-                    visit.place_far = True  # so that leaving meanwhile is told
-                await far.places.renew(pool, self.gateway, tickets, (), self._room_of(live[0]))
-
-    async def _lost(self, far: Far, pool: str, members: Sequence[Visit]) -> list[Visit]:
-        """Give a sign of life for requests that wait; those that Redis knows nothing of."""
-        by_id = {visit.ticket.id: visit for visit in members if visit.ticket is not None}
-        renewal = await far.places.renew(pool, self.gateway, (), list(by_id), self._room_of(members[0]))
-        for id in renewal.granted:
-            self.granted_far(pool, id)
-        return [by_id[id] for id in renewal.lost]
-
-    async def _renew_waiting(self, far: Far, pool: str, members: Sequence[Visit]) -> None:
-        lost = await self._lost(far, pool, members)
-        if lost:  # with them, perhaps what runs
-            await self._renew_places(far, [each for each in self._visits() if each.granted and each.pool == pool])
-        for visit in lost:
-            if visit.left or visit.granted or visit.ticket is None:
-                continue
-            entry = unpack_entry(await far.enter(pool, visit.ticket, self._room_of(visit)))
-            if not visit.left:
-                self._after_moving(visit, entry)
 
 
 def _not_there(visit: Visit) -> bool:
@@ -528,20 +441,12 @@ def _not_there(visit: Visit) -> bool:
         return False
     if visit.charged_near and not visit.charged_far:
         return True
-    return visit.ticket is not None and not visit.place_far and (visit.granted or _in_line(visit))
-
-
-def _in_line(visit: Visit) -> bool:
-    return visit.waiter is not None and not visit.waiter.done() and not visit.granted
+    return visit.ticket is not None and not visit.place_far and (visit.granted or visit.in_line)
 
 
 def _renamed(id: str) -> str:
     base, _, number = id.partition("/")
     return f"{base}/{int(number or 0) + 1}"
-
-
-def _chunks(visits: Sequence[Visit], size: int) -> Iterable[Sequence[Visit]]:
-    return (visits[first : first + size] for first in range(0, len(visits), size))
 
 
 def _settle(far: Far, *, id: str, scopes: tuple[Scope, ...], reserved: Cost, used: Cost | None) -> asyncio.Future[Any]:

@@ -57,3 +57,8 @@ class Visit(msgspec.Struct, eq=False):
     lease_due_at: float = 0.0
     """When its leases have to be renewed, in `time.monotonic()` seconds."""
     left: bool = False
+
+    @property
+    def in_line(self) -> bool:
+        """It waits for its place."""
+        return self.waiter is not None and not self.waiter.done() and not self.granted

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from gateway.admission.home import LEASE_US
+from gateway.admission.carrier import LEASE_US
 from loadtests.engine import FakeEngine
 from tests.support.command import ServeProcess, serve_process, write_config
 from tests.support.keyed_command import CHAT, ENVIRON, answered, ask, http, keyed_sections, until_all
