@@ -100,7 +100,11 @@ def served_sglang(sglang_replica: Replica, sglang_gateway: GatewayProcess) -> Se
 def sglang_gateway(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     (replica,) = fleet.ready("sglang-1")
     folder = tmp_path_factory.mktemp("sglang-gateway")
-    with running_gateway(folder, engine="sglang", upstream_model=NAME, replicas={"shared": replica.url}) as gateway:
+    # Without a queue of the gateway's: these tests want to see what the engine's own does.
+    pool = {"queue": {"enabled": False}}
+    with running_gateway(
+        folder, engine="sglang", upstream_model=NAME, replicas={"shared": replica.url}, pool=pool
+    ) as gateway:
         yield gateway
 
 
