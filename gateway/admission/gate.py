@@ -40,7 +40,7 @@ from gateway.record import Exchange
 from gateway.relay import Relay
 from gateway.reply import Headers
 from gateway.store.limits import Cost
-from gateway.store.places import Room, State, Ticket
+from gateway.store.places import Room, State, Ticket, work_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,15 @@ class Gate:
 
     async def count(self, principal: Principal, order: Order) -> Estimate:
         """The estimate of a long prompt, made in a thread."""
-        plan = self.planner.plan(principal, order.route.model, time.time())
-        return await asyncio.to_thread(self._estimate, principal, order, plan)
+        return await asyncio.to_thread(self._estimate, principal, order, self._plan(principal, order))
+
+    def _plan(self, principal: Principal, order: Order) -> Plan:
+        """The limits of this request, its end user's included."""
+        now_unix_s = time.time()
+        plan = self.planner.plan(principal, order.route.model, now_unix_s)
+        if plan.user is not None and order.user:
+            plan = self.planner.with_user(plan, order.user, now_unix_s)
+        return plan
 
     def _estimate(self, principal: Principal, order: Order, plan: Plan) -> Estimate:
         key = principal.key
@@ -127,11 +134,8 @@ class Gate:
         it is given.
         """
         route = order.route
-        now_unix_s = time.time()
         room = self.rooms.room(route.pool, time.monotonic())
-        plan = self.planner.plan(principal, route.model, now_unix_s)
-        if plan.user is not None and order.user:
-            plan = self.planner.with_user(plan, order.user, now_unix_s)
+        plan = self._plan(principal, order)
         key = principal.key
         if key is not None and order.request.max_output_tokens is None and order.path != EMBEDDINGS:
             exchange.max_tokens_set = key.max_output_tokens
@@ -167,7 +171,7 @@ class Gate:
                 principal.tenant.name,
                 principal.tenant.weight,
                 order.band,
-                max(1, estimate.input + 2 * estimate.output),
+                max(1, work_of(estimate.input, estimate.output)),
                 estimate.input + estimate.output,
                 int(visit.max_wait_s * 1_000_000),
             )
@@ -267,9 +271,7 @@ class Gate:
     async def _learn_budgets(self, visit: Visit) -> None:
         """The first request that a budget meets here goes on from the spend of record."""
         await self.spend.learn(visit.scopes)
-        now_unix_s = time.time()
-        plan = self.planner.plan(visit.principal, visit.order.route.model, now_unix_s)
-        visit.plan = self.planner.with_user(plan, visit.order.user, now_unix_s)
+        visit.plan = self._plan(visit.principal, visit.order)
         visit.scopes = visit.plan.scopes
 
     async def _wait(self, visit: Visit, relay: Relay) -> None:
@@ -336,7 +338,7 @@ class Gate:
             settled = settlement(visit, exchange, self.estimator)
         except Exception:
             logger.exception("request %s could not be settled; what it had reserved is charged", exchange.request_id)
-            settled = Settlement(visit.reserved, visit.estimate.input + 2 * visit.estimate.output)
+            settled = Settlement(visit.reserved, work_of(visit.estimate.input, visit.estimate.output))
         finally:
             self.home.give_back(
                 visit, None if settled is None else settled.used, None if settled is None else settled.work

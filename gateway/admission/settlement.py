@@ -10,6 +10,7 @@ from gateway.admission.visit import Visit
 from gateway.limits.estimate import Estimator
 from gateway.record import Exchange, Outcome
 from gateway.store.limits import Cost
+from gateway.store.places import work_of
 
 _NOTHING_USED = frozenset({Outcome.REJECTED, Outcome.UPSTREAM_REJECTED, Outcome.UNAVAILABLE, Outcome.UPSTREAM_ERROR})
 """No model has worked for the caller, or not to any use that can be charged for."""
@@ -46,4 +47,4 @@ def settlement(visit: Visit, exchange: Exchange, estimator: Estimator) -> Settle
         exchange.cost_usd = pricing.cost_usd(usage, exchange.price)
     micros = 0 if exchange.cost_usd is None else round(exchange.cost_usd * 1_000_000)
     prompt, output = usage.prompt_tokens, usage.completion_tokens
-    return Settlement(Cost(1, prompt, output, prompt + output, micros), prompt + 2 * output)
+    return Settlement(Cost(1, prompt, output, prompt + output, micros), work_of(prompt, output))

@@ -66,6 +66,11 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Refuse at once when the predicted wait is longer than this. 0: a place now or none."""
 
 
+def work_of(input_tokens: int, output_tokens: int) -> int:
+    """Work in VTC's units: what a token of output costs an engine is about twice a token of the prompt."""
+    return input_tokens + 2 * output_tokens
+
+
 class State(StrEnum):
     GRANTED = "granted"
     WAITING = "waiting"
