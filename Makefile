@@ -5,7 +5,8 @@
 #   make test                     all tests
 #
 # Variables: PYTHON (interpreter), VENV (default .venv), PORT and ADMIN_PORT (default 7400 and 7401),
-#            CONFIG (a configuration file), REPLICAS (of the demo, default 2), ARGS (handed to pytest, the benchmark or the load test).
+#            CONFIG (a configuration file), REPLICAS (of the demo, default 2), ARGS (handed to pytest, the benchmark or the load test),
+#            JOBS (processes of `make test`, default 2).
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -19,6 +20,7 @@ ADMIN_PORT ?=
 REPLICAS ?=
 CONFIG ?=
 ARGS ?=
+JOBS ?= 2
 
 py := $(VENV)/bin/python
 setup := PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
@@ -51,7 +53,7 @@ run: $(VENV)/.ready-demo
 endif
 
 test: $(VENV)/.ready-dev ## every test, a short one on a real engine included (ARGS='-k name')
-	@$(py) -m pytest -m 'not slow' $(ARGS)
+	@PYTHON='$(py)' JOBS='$(JOBS)' scripts/test.sh $(ARGS)
 
 check: $(VENV)/.ready-dev ## formatting, lint, types, import direction
 	$(VENV)/bin/ruff format --check .

@@ -224,15 +224,19 @@ def shares(target: Target, shape: Shape) -> Finding:
     total = sum(one.cost for one in served) or 1
     found = [sum(one.cost for one in served if one.tenant == index) / total for index in range(len(tenants))]
     ideal = [tenant.weight / weights for tenant in tenants]
+    # A request across an end of the window counts as a whole or not at all, and may be the longest one. That is nothing
+    # among thousands, but a slow machine serves hundreds.
+    within = max(0.03, 2 * cost.high / total)
+    wanted = "/".join(f"{share:.3f}" for share in ideal)
     off = max(abs(share - want) for share, want in zip(found, ideal, strict=True))
     at_once = most_at_once([(one.granted_us, one.left_us) for result in results for one in result.served])
     bad = problems(results)
     return Finding(
         "shares",
         f"{shape.processes} processes, tenants of weight 1:2:4 with 40, 12 and 12 callers in each, heavy-tailed costs",
-        f"shares of served tokens within 3 % of {'/'.join(f'{share:.3f}' for share in ideal)}; at most 16 at once",
+        f"shares of served tokens within {100 * within:.0f} % of {wanted}; at most 16 at once",
         f"{'/'.join(f'{share:.3f}' for share in found)} over {len(served):,} requests; {at_once} at once",
-        off <= 0.03 and at_once <= 16 and len(served) > 100 and not bad,
+        off <= within and at_once <= 16 and len(served) > 100 and not bad,
         {"shares": found, "ideal": ideal, "off": off, "served": len(served), "at_once": at_once,
          **_grants(results), "problems": bad},
     )  # fmt: skip
@@ -245,10 +249,17 @@ def mouse(target: Target, shape: Shape) -> Finding:
         Tenant("mouse", 1.0, 1, Tokens(median=50), think_ms=100.0, only_in=0),
     )
     room = Room(requests=8, max_waiting=100_000, max_waiting_per_tenant=100_000)
-    results = queue_race(target, shape, room, tenants, hold_us_per_cost=400.0)
+    hold_us_per_cost = 400.0
+    results = queue_race(target, shape, room, tenants, hold_us_per_cost)
     served = _steady(results)
     left = sorted(one.left_us for one in served)
     between_ms = (left[-1] - left[0]) / max(1, len(left) - 1) / 1000 if left else 0.0
+    # By how much callers sleep longer than they wanted to: how late their process learns of anything. Nothing on a
+    # machine with room; on a busy one it is in every wait, and says nothing of the queue.
+    late = [(one.left_us - one.granted_us - one.cost * hold_us_per_cost) / 1000 for one in served]
+    late_ms = statistics.median(late) if late else 0.0
+    # The answer that it waits and the message that it may go.
+    most_ms = 2 * between_ms + 2 * late_ms
     waits = {
         index: [(one.granted_us - one.entered_us) / 1000 for one in served if one.tenant == index]
         for index in range(len(tenants))
@@ -259,12 +270,13 @@ def mouse(target: Target, shape: Shape) -> Finding:
     return Finding(
         "mouse",
         f"{shape.processes} processes, one tenant with 60 callers in each, another with one caller in all",
-        f"the light tenant's median wait at most 2 x {between_ms:.1f} ms, the mean time between releases",
+        f"the light tenant's median wait at most 2 x {between_ms:.1f} ms, the mean time between releases, "
+        f"and 2 x {late_ms:.1f} ms, by which its process is late",
         f"{median:.1f} ms (p90 {percentile(waits[1], 90):.1f}) over {len(waits[1])} requests; "
         f"the heavy one's {heavy:.0f} ms",
-        median <= 2 * between_ms and len(waits[1]) >= 5 and not bad,
-        {"median_ms": median, "between_releases_ms": between_ms, "heavy_median_ms": heavy, "served": len(served),
-         "mouse_requests": len(waits[1]), **_grants(results), "problems": bad},
+        median <= most_ms and len(waits[1]) >= 5 and not bad,
+        {"median_ms": median, "between_releases_ms": between_ms, "late_ms": late_ms, "heavy_median_ms": heavy,
+         "served": len(served), "mouse_requests": len(waits[1]), **_grants(results), "problems": bad},
     )  # fmt: skip
 
 

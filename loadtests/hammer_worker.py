@@ -13,12 +13,16 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from loadtests.hammer_jobs import Job, LimitJob, PlaceJob, Result
+
+LATE_S = 15.0
+"""After the end that a job was given. Whoever waits for the answer gives up later than this, and reads then why."""
 
 
 async def work(job: Job) -> Result:
@@ -31,6 +35,22 @@ async def work(job: Job) -> Result:
 
     assert isinstance(job, LimitJob)
     return await hammer_limits(job)
+
+
+async def work_or_say(job: Job) -> Result:
+    """The same; a job that does not end says on standard error where each of its tasks is."""
+    left_s = max(0.0, job.begin_at_s - time.monotonic()) + job.seconds
+    timer = asyncio.get_running_loop().call_later(left_s + LATE_S, _say_what_is_left)
+    try:
+        return await work(job)
+    finally:
+        timer.cancel()
+
+
+def _say_what_is_left() -> None:
+    for task in asyncio.all_tasks():
+        task.print_stack(file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -58,7 +78,7 @@ def main() -> None:
     for number in itertools.count():
         job: Job = msgspec.json.decode(jobs.get(), type=Job)
         with asyncio.Runner(loop_factory=factory) as runner:
-            result = runner.run(work(job))
+            result = runner.run(work_or_say(job))
         file = Path(sys.argv[1], f"{os.getpid()}-{number}.json")
         file.write_bytes(msgspec.json.encode(result))
         out.write(bytes(file) + b"\n")

@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.llamacpp import LlamaCpp, running_llamacpp
+from tests.support.effort import LONG
 from tests.support.redis_server import redis_server, shared_redis
 
 __all__ = ["llamacpp_pair", "llamacpp_replica", "redis_server", "shared_redis"]
+
+# Every run looks at other examples, so that fewer in each find the same over the runs of some days. No deadline: by
+# the clock on the wall, it says more about what else a machine does than about the code.
+settings.register_profile("short", max_examples=50, deadline=None)
+settings.register_profile("long", max_examples=500, deadline=None)
+settings.load_profile("long" if LONG else "short")
+
+
+ALONE = ("tests/faults/", "tests/loadtests/", "tests/gateway/test_sidecar.py", "tests/gateway/test_cancellation.py")
+"""Faults are timed, and loads fill the machine."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(item.config.rootpath).as_posix().startswith(ALONE):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

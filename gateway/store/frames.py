@@ -10,10 +10,12 @@ from collections.abc import Iterator
 
 import msgspec
 
-from gateway.store.protocol import MAX_NAME_BYTES, MAX_VALUE_BYTES, Fact
+from gateway.store.protocol import MAX_NAME_BYTES, Fact
+from gateway.store.streams import MAX_BLOB_BYTES, Passage
 
 _LENGTH_BYTES = 4
-MAX_REQUEST_BYTES = MAX_VALUE_BYTES + 2 * MAX_NAME_BYTES + 256
+MAX_REQUEST_BYTES = MAX_BLOB_BYTES + 2 * MAX_NAME_BYTES + 256
+"""The largest is one that keeps a blob."""
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 """Everything that a memory store can hold, and then some: see `MAX_FACTS_BYTES` and `MAX_TOMBSTONES` in `memory`."""
 
@@ -59,7 +61,33 @@ class Forget(msgspec.Struct, frozen=True, array_like=True, tag=6):
     number: int
 
 
-Request = Claim | Release | Post | Withdraw | Read | Forget
+class Publish(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    number: int
+    stream: str
+    payload: bytes
+
+
+class Follow(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    number: int
+    cursors: dict[str, str]
+    wait_s: float
+
+
+class Keep(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    number: int
+    name: str
+    blob: bytes
+    ttl_s: float
+
+
+class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """What is kept under this name."""
+
+    number: int
+    name: str
+
+
+Request = Claim | Release | Post | Withdraw | Read | Forget | Publish | Follow | Keep | Fetch
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -86,7 +114,17 @@ class Invalid(msgspec.Struct, frozen=True, array_like=True, tag=4):
     message: str
 
 
-Answer = Done | Told | Full | Invalid
+class Followed(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    number: int
+    passages: tuple[Passage, ...]
+
+
+class Fetched(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    number: int
+    blob: bytes | None
+
+
+Answer = Done | Told | Full | Invalid | Followed | Fetched
 
 
 def framed(encoder: msgspec.msgpack.Encoder, message: Request | Answer) -> bytearray:

@@ -11,9 +11,10 @@ import heapq
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from gateway.store.memory_streams import Followers, KeptBlobs, MessageLog
 from gateway.store.protocol import (
     GATHER_S,
     START,
@@ -26,6 +27,7 @@ from gateway.store.protocol import (
     check_value,
     check_wait,
 )
+from gateway.store.streams import Passage, check_blob, check_payload
 
 MAX_LEASES = 100_000
 MAX_FACTS_BYTES = 8 * 1024 * 1024
@@ -245,6 +247,9 @@ class MemoryStore:
         self._clock = clock
         self._leases = Leases(max_leases)
         self._facts = FactLog(secrets.token_hex(8), max_bytes=max_facts_bytes, max_tombstones=max_tombstones)
+        self._messages = MessageLog(secrets.token_hex(8))
+        self._kept = KeptBlobs()
+        self._followers = Followers()
         self._waiting: set[asyncio.Future[None]] = set()
         self._closed = False
 
@@ -283,6 +288,30 @@ class MemoryStore:
         news = self._facts.read(cursor, self._clock())
         return Facts(cursor) if news is None else news.facts
 
+    def publish_now(self, stream: str, payload: bytes) -> None:
+        self._check_open()
+        check_name("a stream", stream)
+        check_payload(payload)
+        self._messages.publish(stream, payload)
+        self._followers.wake()
+
+    def follow_now(self, cursors: Mapping[str, str]) -> tuple[Passage, ...]:
+        self._check_open()
+        return self._messages.read(cursors)
+
+    def keep_now(self, name: str, blob: bytes, ttl_s: float) -> None:
+        self._check_open()
+        check_name("a kept blob's name", name)
+        check_blob(blob)
+        check_ttl(ttl_s)
+        now = self._clock()
+        self._kept.keep(name, blob, now + ttl_s, now)
+
+    def kept_now(self, name: str) -> bytes | None:
+        self._check_open()
+        check_name("a kept blob's name", name)
+        return self._kept.get(name, self._clock())
+
     async def claim(self, lease: str, holder: str, ttl_s: float) -> bool:
         return self.claim_now(lease, holder, ttl_s)
 
@@ -316,9 +345,30 @@ class MemoryStore:
             else:
                 await self._change(left_s, now)
 
+    async def publish(self, stream: str, payload: bytes) -> None:
+        self.publish_now(stream, payload)
+
+    async def follow(self, cursors: Mapping[str, str], wait_s: float = 0.0) -> tuple[Passage, ...]:
+        check_wait(wait_s)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        while True:
+            passages = self.follow_now(cursors)
+            left_s = end - loop.time()
+            if passages or left_s <= 0:
+                return passages
+            await self._followers.wait(left_s)
+
+    async def keep(self, name: str, blob: bytes, ttl_s: float) -> None:
+        self.keep_now(name, blob, ttl_s)
+
+    async def kept(self, name: str) -> bytes | None:
+        return self.kept_now(name)
+
     async def aclose(self) -> None:
         self._closed = True
         self._wake()
+        self._followers.wake()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,6 +1,7 @@
 """What the workers of a gateway share, and the few whole operations by which they share it.
 
-Two kinds of state live in a store, and losing all of it costs duplicate work, never a wrong answer:
+Two kinds of state live in a store, besides the streams of `streams`, and losing all of it costs duplicate work, never a
+wrong answer:
 
 *Leases* say who does a job that one worker is enough for. They are efficiency locks: a holder that was paused longer
 than its lease may find that somebody else has begun too, so a lease must never guard what has to happen once. See
@@ -23,6 +24,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import msgspec
+
+from gateway.store.streams import Streams
 
 START = ""
 """The cursor of a reader that knows nothing yet."""
@@ -74,13 +77,13 @@ class Facts(msgspec.Struct, frozen=True, array_like=True):
     """Forget every fact known before these changes, which are then all that hold."""
 
 
-class Store(Protocol):
+class Store(Streams, Protocol):
     """Shared state, in this process or behind a connection. One event loop's; tasks of that loop may share it.
 
-    Every operation is atomic, and may be repeated without harm when its outcome is unknown. The ones that a single
-    caller awaits one after the other take effect in that order. All time is measured by the store's own clock, never
-    by a caller's. Each operation may raise `StoreUnavailable`, and does so after `aclose`; arguments outside the
-    limits of this module are a `ValueError`.
+    Every operation is atomic, and may be repeated without harm when its outcome is unknown (`publish` aside). The ones
+    that a single caller awaits one after the other take effect in that order. All time is measured by the store's own
+    clock, never by a caller's. Each operation may raise `StoreUnavailable`, and does so after `aclose`; arguments
+    outside the limits of this module are a `ValueError`.
     """
 
     async def claim(self, lease: str, holder: str, ttl_s: float) -> bool:

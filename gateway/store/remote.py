@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import msgspec
@@ -19,11 +19,17 @@ from gateway.store.frames import (
     Answer,
     Claim,
     Done,
+    Fetch,
+    Fetched,
+    Follow,
+    Followed,
     Forget,
     FrameError,
     Full,
     Invalid,
+    Keep,
     Post,
+    Publish,
     Read,
     Release,
     Request,
@@ -42,6 +48,7 @@ from gateway.store.protocol import (
     check_value,
     check_wait,
 )
+from gateway.store.streams import Passage, check_blob, check_payload
 
 TIMEOUT_S = 2.0
 """The other end answers within a millisecond. One that takes this long is stopped or gone."""
@@ -98,13 +105,36 @@ class RemoteStore:
         assert isinstance(told, Told)
         return Facts(told.cursor, told.changes, told.reset)
 
+    async def publish(self, stream: str, payload: bytes) -> None:
+        check_name("a stream", stream)
+        check_payload(payload)
+        await self._ask(Publish(next(self._numbers), stream, payload))
+
+    async def follow(self, cursors: Mapping[str, str], wait_s: float = 0.0) -> tuple[Passage, ...]:
+        check_wait(wait_s)
+        followed = await self._ask(Follow(next(self._numbers), dict(cursors), wait_s), wait_s)
+        assert isinstance(followed, Followed)
+        return followed.passages
+
+    async def keep(self, name: str, blob: bytes, ttl_s: float) -> None:
+        check_name("a kept blob's name", name)
+        check_blob(blob)
+        check_ttl(ttl_s)
+        await self._ask(Keep(next(self._numbers), name, blob, ttl_s))
+
+    async def kept(self, name: str) -> bytes | None:
+        check_name("a kept blob's name", name)
+        fetched = await self._ask(Fetch(next(self._numbers), name))
+        assert isinstance(fetched, Fetched)
+        return fetched.blob
+
     async def aclose(self) -> None:
         self._closed = True
         async with self._connecting:
             if self._connection is not None:
                 self._connection.close("it is closed")
 
-    async def _ask(self, request: Request, wait_s: float = 0.0) -> Done | Told:
+    async def _ask(self, request: Request, wait_s: float = 0.0) -> Done | Told | Followed | Fetched:
         """The answer, which may take `wait_s` longer than others. Refusals are raised as what they mean."""
         try:
             async with asyncio.timeout(self._timeout_s + wait_s):
@@ -187,7 +217,7 @@ class _Connection(asyncio.Protocol):
         try:
             return await answer
         except asyncio.CancelledError:
-            if isinstance(request, Read) and self.open:
+            if isinstance(request, (Read, Follow)) and self.open:
                 transport.write(framed(self._encoder, Forget(request.number)))
             raise
         finally:

@@ -15,11 +15,17 @@ from gateway.store.frames import (
     Answer,
     Claim,
     Done,
+    Fetch,
+    Fetched,
+    Follow,
+    Followed,
     Forget,
     FrameError,
     Full,
     Invalid,
+    Keep,
     Post,
+    Publish,
     Read,
     Release,
     Request,
@@ -34,7 +40,7 @@ from gateway.store.protocol import Facts, StoreFull, StoreUnavailable
 logger = logging.getLogger("tidegate")
 
 MAX_READS = 64
-"""Reads that one connection may have waiting; a worker needs one or two."""
+"""Reads that one connection may have waiting; a worker needs two or three."""
 MAX_UNSENT_BYTES = 2 * MAX_ANSWER_BYTES
 """Answers held for a worker that does not take them. One that lets so much pile up is cut, and may come back."""
 
@@ -134,6 +140,18 @@ class _Connection(asyncio.Protocol):
                         return _told(number, self._store.read_now(cursor))
                     self._begin(request)
                     return None
+                case Publish(number, stream, payload):
+                    self._store.publish_now(stream, payload)
+                case Follow(number, cursors, wait_s):
+                    passages = self._store.follow_now(cursors)
+                    if passages or wait_s == 0:
+                        return Followed(number, passages)
+                    self._begin(request)
+                    return None
+                case Keep(number, name, blob, ttl_s):
+                    self._store.keep_now(name, blob, ttl_s)
+                case Fetch(number, name):
+                    return Fetched(number, self._store.kept_now(name))
                 case Forget(number):
                     if (task := self._reads.get(number)) is not None:
                         task.cancel()
@@ -144,7 +162,7 @@ class _Connection(asyncio.Protocol):
             return Invalid(request.number, str(error))
         return Done(request.number)
 
-    def _begin(self, read: Read) -> None:
+    def _begin(self, read: Read | Follow) -> None:
         if read.number in self._reads:
             raise FrameError(f"a second read has the number {read.number}")
         if len(self._reads) >= MAX_READS:
@@ -153,10 +171,13 @@ class _Connection(asyncio.Protocol):
         self._reads[read.number] = task
         task.add_done_callback(lambda _: self._reads.pop(read.number, None))
 
-    async def _read(self, read: Read) -> None:
+    async def _read(self, read: Read | Follow) -> None:
         answer: Answer
         try:
-            answer = _told(read.number, await self._store.read_since(read.cursor, read.wait_s))
+            if isinstance(read, Follow):
+                answer = Followed(read.number, await self._store.follow(read.cursors, read.wait_s))
+            else:
+                answer = _told(read.number, await self._store.read_since(read.cursor, read.wait_s))
         except ValueError as error:
             answer = Invalid(read.number, str(error))
         except StoreUnavailable:

@@ -26,11 +26,11 @@ def gateway(
         yield gateway
 
 
-def long_stream(client: Any) -> Any:
+def long_stream(client: Any, tokens: int = 400) -> Any:
     return client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Tell me all about the sea."}],
-        max_tokens=400,
+        max_tokens=tokens,
         stream=True,
         extra_body={"ignore_eos": True},
     )
@@ -69,7 +69,8 @@ async def test_load_and_epoch_are_the_engines_own(
 
 async def test_a_drained_replica_finishes_and_gets_nothing_new(gateway: GatewayProcess) -> None:
     async with gateway.async_sdk() as client:
-        streams = [await long_stream(client) for _ in range(4)]
+        # Seconds of work for the engines, which is longer than it takes to drain and to look.
+        streams = [await long_stream(client, 100) for _ in range(4)]
         drained = await asyncio.to_thread(gateway.command, "drain", "pool/r0", "--wait", "60", "--json")
         whole = [[chunk async for chunk in stream][-1] for stream in streams]
         assert json.loads(drained.stdout.splitlines()[-1])["empty"] is True

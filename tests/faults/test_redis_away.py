@@ -143,18 +143,22 @@ def test_11_redis_is_frozen(impatient: Target, redis_alone: RedisServer, report:
 
 @contextlib.contextmanager
 def crowded(control: redis.Redis, port: int, most: int) -> Iterator[Callable[[], None]]:
-    """Others take all of Redis' connections as soon as the hammer's are closed; call what is given to do that."""
+    """Others take all of Redis' connections, and the hammer's are closed; call what is given to do that."""
     hogs: list[socket.socket] = []
 
     def crowd() -> None:
+        # Here first, and the limit second: taking the places of those who were just thrown out would be a race with
+        # them, and a hammer that wins it has met with no outage.
+        for _ in range(most - 1):
+            hogs.append(hog := socket.create_connection(("127.0.0.1", port), timeout=5.0))
+            hog.sendall(b"PING\r\n")
+            assert hog.recv(7) == b"+PONG\r\n"
         control.config_set("maxclients", most)
-        mine = control.client_id()
+        stay = {f"{host}:{own}" for host, own in (hog.getsockname() for hog in hogs)}
         for client in control.client_list(_type="normal"):
-            if int(client["id"]) != mine:
+            if client["addr"] not in stay and int(client["id"]) != control.client_id():
                 with contextlib.suppress(redis.ResponseError):
                     control.client_kill_filter(_id=client["id"])
-                hogs.append(socket.create_connection(("127.0.0.1", port), timeout=5.0))
-        hogs.extend(socket.create_connection(("127.0.0.1", port), timeout=5.0) for _ in range(2 * most))
 
     try:
         yield crowd

@@ -19,7 +19,8 @@ from gateway.store.protocol import StoreUnavailable
 from gateway.store.redis.address import Address
 from gateway.store.redis.breaker import Breaker
 from gateway.store.redis.connect import ORDINARY, Connector, Credentials, reason_of
-from gateway.store.redis.link import MAX_PENDING, Argument, Call, Link
+from gateway.store.redis.ending import end
+from gateway.store.redis.link import MAX_PENDING, Argument, Call, Link, Owner
 from gateway.store.redis.listener import Listener
 from gateway.store.redis.scripts import Script, load
 
@@ -39,8 +40,8 @@ class RedisClient:
     """One per process; belongs to the event loop of its first use. Keeps `connections` connections open.
 
     All calls go over one of them as long as it works, which keeps their order; the others stand by, so that the loss
-    of one costs only the calls that were on their way. `subscribe` adds one. A Redis therefore sees
-    processes x (connections + 1). Ends with `aclose`.
+    of one costs only the calls that were on their way. `subscribe` adds one, and `open_apart` one each. Ends with
+    `aclose`.
     """
 
     def __init__(
@@ -137,12 +138,23 @@ class RedisClient:
             self._listener = Listener(self._connector, self._rng)
         return await self._listener.subscribe(channel, on_message)
 
+    async def open_apart(self, owner: Owner) -> Link:
+        """A connection that is nobody else's, for plain commands that may take their time. The caller closes it.
+
+        Raises `StoreUnavailable`.
+        """
+        if self._closed:
+            raise self._unavailable()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                return await self._connector.connect(owner, self._timeout_s)
+        except ORDINARY as error:
+            raise StoreUnavailable(self.address.shown, reason_of(error)) from error
+
     async def aclose(self) -> None:
         """Close all connections. What waits for an answer, and every later call, fails."""
         self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         for link in tuple(self._links):
             link.close("it is closed")
         for _, calls in self._waiting:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gateway.store.redis.connect import ORDINARY, Connector, reason_of
+from gateway.store.redis.ending import end
 
 if TYPE_CHECKING:
     from redis.asyncio.client import PubSub
@@ -63,8 +64,7 @@ class Listener:
 
     async def aclose(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end((self._task,))
             self._task = None
 
     def _unsubscribe(self, name: bytes, on_message: OnMessage) -> None:
@@ -121,8 +121,7 @@ class Listener:
                     await pubsub.ping()
                     ping_at = now + PING_S
         finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await end((reading,))
             for confirmed in self._confirmed.values():
                 confirmed.clear()
 

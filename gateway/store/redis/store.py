@@ -1,4 +1,4 @@
-"""Leases and facts in Redis: the `Store` of several gateway processes and nodes.
+"""Leases and facts in Redis, and its `streams`: the `Store` of several gateway processes and nodes.
 
 Readers that wait are woken by a message on a channel, and look by themselves now and then: a message may be lost, and
 facts expire without one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from gateway.store.memory import EXPIRY_STEP_S, MAX_FACTS_BYTES, MAX_TOMBSTONES
@@ -28,6 +28,8 @@ from gateway.store.protocol import (
 from gateway.store.redis.client import RedisClient
 from gateway.store.redis.link import Argument
 from gateway.store.redis.scripts import Script, load
+from gateway.store.redis.streams import RedisStreams
+from gateway.store.streams import Passage, check_blob, check_payload
 
 POLL_S = 0.5
 """A reader that waits looks at least this often."""
@@ -64,6 +66,7 @@ class RedisStore:
         self._claim, self._release = load("claim"), load("release")
         self._post, self._withdraw, self._read = load("post"), load("withdraw"), load("read")
         self._beat = load("beat")
+        self._streams = RedisStreams(client, prefix, load=load)
         self._lease_prefix = f"{prefix}:{{leases}}:"
         self._gateways = f"{prefix}:{{gateways}}"
         self._fact_keys = tuple(f"{prefix}:{{facts}}:{name}" for name in ("values", "log", "ended", "ends", "meta"))
@@ -132,9 +135,33 @@ class RedisStore:
         live, known = await self._run(self._beat, (self._gateways,), (gateway, _us(ttl_s) if ttl_s > 0 else 0))
         return Beat(live, known == 1)
 
+    async def publish(self, stream: str, payload: bytes) -> None:
+        self._check_open()
+        check_name("a stream", stream)
+        check_payload(payload)
+        await self._streams.publish(stream, payload)
+
+    async def follow(self, cursors: Mapping[str, str], wait_s: float = 0.0) -> tuple[Passage, ...]:
+        self._check_open()
+        check_wait(wait_s)
+        return await self._streams.follow(cursors, wait_s)
+
+    async def keep(self, name: str, blob: bytes, ttl_s: float) -> None:
+        self._check_open()
+        check_name("a kept blob's name", name)
+        check_blob(blob)
+        check_ttl(ttl_s)
+        await self._streams.keep(name, blob, ttl_s)
+
+    async def kept(self, name: str) -> bytes | None:
+        self._check_open()
+        check_name("a kept blob's name", name)
+        return await self._streams.kept(name)
+
     async def aclose(self) -> None:
         self._closed = True
         self._wake(b"")
+        self._streams.close()
         if self._subscribing is not None:
             self._subscribing.cancel()
             await asyncio.gather(self._subscribing, return_exceptions=True)

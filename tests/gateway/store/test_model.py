@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from gateway.store import START, Store
-from tests.gateway.store.halves import HALVES, TOMBSTONES
+from tests.gateway.store.halves import HALVES, TOMBSTONES, Half, LastingRedis
+from tests.support.redis_server import RedisServer
 
 KEYS = st.sampled_from([f"key {number}" for number in range(7)])
 LEASES = st.sampled_from(["job 1", "job 2"])
@@ -35,13 +36,13 @@ class Reader:
 
 
 class StoreBesideModel(RuleBasedStateMachine):
-    half_name = "memory"
+    make_half: Callable[[Path], Half]
 
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
         self.folder = tempfile.TemporaryDirectory()
-        self.half = HALVES[self.half_name](Path(self.folder.name))
+        self.half = type(self).make_half(Path(self.folder.name))
         self.do(self.half.start())
         self.store: Store = self.half.open()
         self.now = 0.0
@@ -127,8 +128,17 @@ class StoreBesideModel(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(("name", "examples"), [("memory", 200), ("remote", 40), ("redis", 40)])
-def test_any_sequence_of_operations_agrees_with_the_model(name: str, examples: int) -> None:
-    machine = type("Machine", (StoreBesideModel,), {"half_name": name})
+def test_any_sequence_of_operations_agrees_with_the_model(
+    name: str, examples: int, request: pytest.FixtureRequest
+) -> None:
+    make = HALVES[name]
+    if name == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+
+        def make(folder: Path) -> Half:
+            return LastingRedis(server)
+
+    machine = type("Machine", (StoreBesideModel,), {"make_half": staticmethod(make)})
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -17,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from gateway.store.limits import US_PER_MINUTE, Admission, Budget, Cost, Held, Rate, Scope, Unit
 from gateway.store.memory_limits import RECORD_US, TOMBSTONE_US, Limiter
 from tests.gateway.store.limits.limiter_halves import START_US, Lua
+from tests.support.effort import LONG
 from tests.support.redis_server import RedisServer
 
-EXAMPLES = 150
+EXAMPLES = 150 if LONG else 60
 STEPS = 50
 DAY_US = 86_400_000_000
 PERIODS = (("d20261118", START_US + DAY_US), ("d20261119", START_US + 2 * DAY_US), ("d20261120", 0))

@@ -24,7 +24,7 @@ LOOPS = ("asyncio", "uvloop")
 Make = Callable[..., RedisClient]
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "limits.md"
-ASKED_DIRECTLY = {"ping", "eval", "evalsha", "subscribe", "unsubscribe"}
+ASKED_DIRECTLY = {"ping", "eval", "evalsha", "subscribe", "unsubscribe", "get", "set", "xread", "xrevrange"}
 
 
 def documented() -> list[str]:
@@ -51,6 +51,7 @@ async def test_a_user_with_the_documented_rights_can_do_everything(make_client: 
     with RedisServer(("user", "default", "off"), ("user", *words)) as server:
         client = make_client(server.url, username=words[0], password="hunter2")
         await _leases_and_facts(RedisStore(client))
+        await _streams(RedisStore(client))
         await _limits(RedisLimits(client, client.prefix))
         await _places(client)
         assert await client._answers(client._links[0])  # the breaker's probe
@@ -69,6 +70,16 @@ async def _leases_and_facts(store: RedisStore) -> None:
     await asyncio.sleep(0.05)
     await store.post("key", b"value")
     assert (await reading).changes
+
+
+async def _streams(store: RedisStore) -> None:
+    await store.publish("a", b"1")
+    for _ in range(2):
+        (passage,) = await store.follow({"a": ""}, 1.0)
+        await store.publish("a", b"2")
+        assert await store.follow({"a": passage.cursor}, 1.0)
+    await store.keep("a", b"blob", 5.0)
+    assert await store.kept("a") == b"blob"
 
 
 async def _limits(limits: RedisLimits) -> None:

@@ -1,0 +1,21 @@
+#!/bin/sh
+# All tests: first those that measure time or break things that others would feel, one after the other; then the rest in
+# two processes, since most tests wait for sockets and other processes. Arguments are handed to pytest, both times.
+#
+#   PYTHON  the environment's interpreter    JOBS  processes of the second part (default 2)
+set -u
+python=${PYTHON:-.venv/bin/python}
+
+NONE=5 # pytest's exit code when no test was selected
+
+"$python" -m pytest -m 'not slow and alone' "$@"
+alone=$?
+[ "$alone" -eq 2 ] && exit 2 # interrupted
+"$python" -m pytest -m 'not slow and not alone' -n "${JOBS:-2}" --dist loadfile "$@"
+rest=$?
+
+[ "$alone" -eq "$NONE" ] && exit "$rest"
+[ "$rest" -eq "$NONE" ] && exit "$alone"
+[ "$alone" -ne 0 ] && echo "tests that run alone failed, above; the others ended with $rest" >&2
+[ "$rest" -ne 0 ] && exit "$rest"
+exit "$alone"
