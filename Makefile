@@ -65,13 +65,17 @@ format: $(VENV)/.ready-dev ## rewrite the files the way `make check` wants them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(VENV)/.ready-dev ## CPU per request and chunk, added latency, the choices of the ADRs: into docs/ (15 minutes)
+# One short round writes nothing: make bench ARGS=--quick
+bench: $(VENV)/.ready-dev ## CPU per request, chunk and decision, added latency, the choices of the ADRs: into docs/ (16 minutes)
 	@$(py) -m loadtests.bench $(ARGS)
+ifeq ($(filter --quick,$(ARGS)),)
+	@$(py) -m loadtests.decide_router --write
 	@$(py) -m loadtests.choices --json docs/choices.json --write docs/adr/0004-server-client-and-parser.md
 	@$(py) -m loadtests.phases --write docs/request-path.md
+endif
 
-load: $(VENV)/.ready-dev ## one short round of the same, which writes nothing
-	@$(py) -m loadtests.bench --quick $(ARGS)
+load: $(VENV)/.ready-dev ## replay a trace through real sockets, policy by policy (ARGS='--url http://gateway:7400 --model m')
+	@$(py) -m loadtests.replay $(ARGS)
 
 faults: $(VENV)/.ready-dev ## limits and queue while Redis is killed, frozen, replaced: the long form, into docs/limits.md (8 minutes)
 	@$(py) -m tests.faults.report $(ARGS)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import Callable
 from math import isfinite
+from time import monotonic
 
 from backends.errors import ConnectFailed, ConnectTimeout, PoolClosed, PoolTimeout, UpstreamError, reason_of
 from backends.http1 import Connection, Wire
@@ -56,6 +58,8 @@ class ConnectionPool:
         self._connect_timeout_s = connect_timeout_s
         self._ssl = (ssl_context or _default_ssl_context()) if origin.tls else None
         self._ticker = Ticker() if ticker is None else ticker
+        self.on_connect: Callable[[float], None] | None = None
+        """Told how long a connection took to open, in seconds: a round trip, or two with TLS, and what delayed it."""
         self._loop: asyncio.AbstractEventLoop | None = None
         # The whole mutable state. Each wire is in one of the two; the idle ones in the order of their last
         # use, which is their value (loop time).
@@ -161,8 +165,11 @@ class ConnectionPool:
         wire = Wire(self, loop)
         made = False
         try:
+            begun = monotonic()  # uvloop's own time has whole milliseconds
             async with asyncio.timeout(limit_s if isfinite(limit_s) else None):
                 await self._dial(loop, wire)
+            if self.on_connect is not None:
+                self.on_connect(monotonic() - begun)
             if self._closing:
                 raise PoolClosed(self.address, "connect", "closing")
             if wire.closed:

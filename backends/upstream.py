@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from backends.dialects import Dialect
@@ -56,6 +57,12 @@ class Upstream:
         """What the replica said it holds; empty until it was asked."""
         self.configured_adapters: tuple[Adapter, ...] = ()
         """Those of the configuration, for engines that list none and want to be told the path each time."""
+        self.dropping: set[str] = set()
+        """Adapters that are about to be unloaded: no request is sent for them, whatever is still said of them."""
+        self.loadable: frozenset[str] = frozenset()
+        """Adapters of the configuration that may be loaded when a request wants one, if the engine lets them be."""
+        self.adapter_slots: int | None = None
+        """What the configuration says of how many it holds at once; None leaves that to the engine."""
         self.info: EngineInfo | None = None
         """What it said it is; None until it was asked."""
         self._learning: asyncio.Task[None] | None = None
@@ -118,9 +125,23 @@ class Upstream:
             self.holds(())
 
     def holds(self, adapters: tuple[Adapter, ...]) -> None:
-        """Take note of the adapters that the replica says it knows."""
+        """Take note of the adapters that the replica says it knows, without those that are about to go."""
+        if self.dropping:
+            adapters = tuple(each for each in adapters if each.name not in self.dropping)
         self.adapters = adapters
-        self.replica.adapters = frozenset(each.name for each in adapters if each.resident)
+        replica = self.replica
+        names = frozenset(each.name for each in adapters if each.resident)
+        if names != replica.adapters:
+            replica.shelf.begin(names, replica.adapters, time.monotonic())
+            replica.adapters = names
+
+    def begin_anew(self) -> None:
+        """The engine has restarted: nothing is known of what it holds, and it may do now what it did not before."""
+        self.adapters = ()
+        self.replica.adapters = None
+        self.replica.adapter_slots = self.adapter_slots
+        self.replica.loadable = self.loadable
+        self.replica.shelf.refused_until.clear()
 
     async def abort(self, request_id: str) -> None:
         """Tell the engine to stop a request, where it can be told. Best effort: failure is logged, not raised."""

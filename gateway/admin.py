@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from heapq import merge
 from itertools import islice
 from typing import Any
@@ -25,13 +26,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.config.values import is_loopback
 from gateway.error_replies import ERROR_HANDLERS, error_response
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.operations import Operations, json_response
-from gateway.sources import WORKER_UP, Source, ask_all
+from gateway.operations import NoWorkerAnswers, Operations, body_of, json_response
+from gateway.sources import WORKER_UP, Silent, Source, ask_all
 
 DEFAULT_RECORDS = 100
 MAX_RECORDS = 1000
 """What a worker keeps in memory."""
 METRICS_PATH = "/metrics"
+MAX_QUESTION_BYTES = 16 * 2**20
+"""Of a request to explain."""
 
 
 class Unauthorized(InvalidRequest):
@@ -62,6 +65,7 @@ def private_app(sources: Sequence[Source], routes: Sequence[Route] = ()) -> Star
             Route(METRICS_PATH, admin.metrics, methods=["GET"]),
             Route("/admin/fleet", admin.fleet, methods=["GET"]),
             Route("/admin/usage", admin.usage, methods=["GET"]),
+            Route("/admin/explain", admin.explain, methods=["POST"]),
             *Operations(sources).routes(),
             *routes,
         ],
@@ -152,6 +156,15 @@ class _Admin:
         # Merged, not sorted: times are rounded in a record, but each worker has its own in the right order.
         records = merge(*(records or () for _, records in answers), key=_settled_at, reverse=True)
         return json_response({"data": list(islice(records, limit))})
+
+    async def explain(self, request: Request) -> Response:
+        question = await body_of(request, MAX_QUESTION_BYTES)
+        if not question:
+            raise InvalidRequest("The body must be the request to explain, as JSON.")
+        for source in self._sources:
+            with suppress(Silent):  # another one knows as much
+                return json_response(await source.explain(question))
+        raise NoWorkerAnswers("No worker answers; they may be starting.", retry_after_s=1.0)
 
 
 class _Families(Collector):

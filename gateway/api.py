@@ -84,7 +84,7 @@ class _Api:
         listed = [
             _model_object(name, route, fleet.created_unix_s)
             for name, route in fleet.listed()
-            if may_use(caller, route.model, _asked_adapter(name, route))
+            if may_use(caller, route.model, route.asked_adapter)
         ]
         return _json({"object": "list", "data": listed})
 
@@ -93,7 +93,7 @@ class _Api:
         fleet = self._runtime.fleet
         name = request.path_params["model"]
         route = fleet.route(name)
-        if route is None or not may_use(caller, route.model, _asked_adapter(name, route)):
+        if route is None or not may_use(caller, route.model, route.asked_adapter):
             raise ModelNotFound(
                 f"The model {name[:200]!r} does not exist here; GET /v1/models lists them.", param="model"
             )
@@ -123,13 +123,6 @@ def _may_serve(replica: Replica, now: float) -> bool:
     """Whether the replica serves, or is about to: being busy, or one lost connection, is no reason to turn away."""
     reason = replica.unavailable_reason(now)
     return reason in (None, "full", "half_open") or (reason == "cooling_down" and replica.cooldown.failures < 2)
-
-
-def _asked_adapter(name: str, route: ModelRoute) -> str | None:
-    """The adapter in `<model>:<adapter>`, where that is how it was named."""
-    if route.name != route.model:
-        return route.adapter
-    return name[len(route.model) + 1 :] if name.startswith(f"{route.model}:") else None
 
 
 def _model_object(name: str, route: ModelRoute, created_unix_s: int) -> dict[str, Any]:

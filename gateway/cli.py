@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gateway import demo
 
         return demo.run(arguments[1:], os.environ, sys.stdout)
+    if arguments[:1] == ["simulate"]:
+        return _simulate(arguments[1:])
     options = _parser().parse_args(arguments)
     match options.command:
         case "version":
@@ -54,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from gateway import operate
 
             return operate.run(options, os.environ)
+        case "explain":
+            from gateway import explain_command
+
+            return explain_command.run(options, os.environ)
         case "keys" | "tenants":
             from gateway.keys import commands
 
@@ -95,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("schema", help="print the JSON Schema of the configuration file")
     shown = commands.add_parser("version", help="print the version")
     shown.add_argument("--json", action="store_true", help="report as JSON")
-    # Only listed here: the demo reads its own options, and `tidegate demo --help` prints them.
+    # Only listed here: these two read their own options, and `tidegate demo --help` prints them.
     commands.add_parser("demo", help="run two small real models and the gateway in front of them")
+    commands.add_parser("simulate", help="compare routing policies on a simulated fleet")
     return parser
 
 
@@ -130,6 +137,7 @@ def _operators_options(commands: argparse._SubParsersAction[argparse.ArgumentPar
     drain.add_argument("--force", action="store_true", help="also if it is the last of its pool that takes work")
     undrain = commands.add_parser("undrain", parents=[of_admin], help="give a drained replica work again")
     undrain.add_argument("replica", type=_replica, metavar="POOL/REPLICA")
+    _explain_options(commands.add_parser("explain", parents=[of_admin], help="show where a request would go, and why"))
     adapters = commands.add_parser("adapters", help="show, load and unload LoRA adapters")
     actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
     shown = actions.add_parser("list", parents=[of_admin], help="show what the replicas hold")
@@ -141,6 +149,27 @@ def _operators_options(commands: argparse._SubParsersAction[argparse.ArgumentPar
         if action == "load":
             changed.add_argument("path", metavar="PATH", help="path or hub name that the engines can read")
         changed.add_argument("--replica", metavar="REPLICA", help="only at this one")
+
+
+def _explain_options(explain: argparse.ArgumentParser) -> None:
+    """For `gateway.explain_command`."""
+    explain.add_argument("request", nargs="?", metavar="FILE", help="an OpenAI request's body, as JSON; - reads it")
+    explain.add_argument("--path", metavar="PATH", help="where it would be sent (default /v1/chat/completions)")
+    caller = explain.add_mutually_exclusive_group()
+    caller.add_argument("--key", metavar="ID", help="sent with the API key of this id")
+    caller.add_argument("--tenant", metavar="NAME", help="sent by this tenant, with a key that forbids nothing")
+    explain.add_argument(
+        "--header", action="append", default=[], type=_header, metavar="'NAME: VALUE'", help="sent with it; repeatable"
+    )
+    explain.add_argument("--replay", metavar="FILE", help="decide again from what --json printed; no gateway is asked")
+    explain.add_argument("--policy", metavar="NAME", help="with --replay: by this policy")
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not (colon and name.strip() and value.strip()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME: VALUE")
+    return name.strip().lower(), value.strip()
 
 
 def _replica(text: str) -> tuple[str, str]:
@@ -175,6 +204,22 @@ def _settings_environ(environ: Mapping[str, str]) -> dict[str, str]:
     from gateway.owner import STATE_DIR
 
     return {name: value for name, value in environ.items() if name != STATE_DIR}
+
+
+def _simulate(arguments: Sequence[str]) -> int:
+    """The simulator stands above the gateway and needs nothing of it; only the name of the command is here."""
+    try:
+        from loadtests.simulator import command
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "loadtests":
+            raise
+        print(
+            "tidegate simulate: the simulator is not installed here. It is in the wheel and in the source tree, not in"
+            " the container image.",
+            file=sys.stderr,
+        )
+        return FAILED
+    return command.main(arguments)
 
 
 def _version(as_json: bool) -> int:

@@ -19,6 +19,7 @@ from backends.http1 import Connection
 from backends.side import SideChannelError
 from backends.upstream import Upstream
 from gateway import usage
+from gateway.adapters import AdapterAway
 from gateway.admission.visit import Visit
 from gateway.attempts import MAX_ATTEMPTS, Attempts
 from gateway.bounds import bounding
@@ -38,9 +39,10 @@ from gateway.record import Exchange, Outcome
 from gateway.relay import Relay, UpstreamReply
 from gateway.reply import Headers, Reply
 from gateway.runtime import Runtime
+from gateway.spill import SPILLED
 from gateway.upstream_errors import error_in_answer
 from gateway.verdict import Again, Verdict, of_connection, of_question, of_relay, of_reply, refused_field
-from routing.policies import PANIC
+from routing.router import PANIC
 from routing.types import Decision, Replica
 
 logger = logging.getLogger(__name__)
@@ -62,17 +64,35 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
         exchange.tenant = caller.tenant.name
         exchange.key_id = caller.key_id
         order = read_order(call, runtime.fleet, exchange.request_id, caller)
+        if order.route.reader.takes_long(order.request) and runtime.overflow.reads(order, caller):
+            await asyncio.to_thread(read_prompt, order, exchange)
+        order = runtime.overflow.consider(order, exchange, caller, time.monotonic())
         _note(exchange, order)
+        _check_regions(order)
         counted = await gate.count(caller, order) if gate.counts_long(order) else None
-        visit = gate.visit(caller, order, exchange, counted)
-        relay = _relay(order, exchange, reply, runtime)
-        runtime.open_relay(relay)
-        try:
-            if visit is not None:
-                await gate.enter(visit, relay)
-            await _answer(call, order, relay, reply, visit, runtime)
-        finally:
-            runtime.close_relay(relay)
+        moved = False
+        while True:
+            relay = _relay(order, exchange, reply, runtime)
+            runtime.open_relay(relay)
+            try:
+                if visit is not None and moved:
+                    visit = await gate.move(visit, order, relay)
+                else:
+                    visit = gate.visit(caller, order, exchange, counted)
+                    if visit is not None:
+                        await gate.enter(visit, relay)
+                await _answer(call, order, relay, reply, visit, runtime)
+                return
+            except GatewayError as error:
+                if reply.started:
+                    raise
+                other = runtime.overflow.instead(order, exchange, caller, error, time.monotonic())
+                if other is None:
+                    raise
+                order, moved = other, True
+                _note(exchange, order)
+            finally:
+                runtime.close_relay(relay)
     except GatewayError as error:
         _refuse(error, relay, reply, exchange)
     except asyncio.CancelledError:
@@ -93,22 +113,29 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
     """Try replicas until one answers; write its answer."""
     exchange = relay.exchange
     pool = order.route.pool
+    router = order.route.router
     story = Attempts(pool.replicas, runtime.witness)
+    # After admission: who is refused costs nothing here.
+    if order.route.reader.takes_long(order.request):
+        await asyncio.to_thread(read_prompt, order, exchange)
+    else:
+        read_prompt(order, exchange)
     try:
         while True:
             now = time.monotonic()
             if now - exchange.started_at >= order.total_s:
                 raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.")
-            decision = runtime.policy.decide(order.request, pool.replicas, now, story.tried)
+            decision = router.decide(order.request, pool.replicas, now, story.tried)
             replica = decision.replica
             if replica is None or story.counted >= MAX_ATTEMPTS:
                 if visit is not None and replica is None and _some_are_full(decision):
-                    fits = partial(_fits, order, story, runtime)
+                    fits = partial(_fits, order, story)
                     if await runtime.gate.wait_for_replica(visit, relay, fits):
                         continue
-                raise story.error or _none_left(decision)
+                raise story.error or none_left(decision)
             upstream = pool.upstreams[replica]
             with replica.reserve(order.request):
+                router.dispatched(order.request, replica, now, decision)
                 exchange.attempts += 1
                 _note_choice(exchange, replica, decision)
                 if exchange.stream:
@@ -119,24 +146,57 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
                     whole = await _ask(call, order, relay, upstream, runtime)
                 except (UpstreamError, SideChannelError, Untranslatable, GatewayError) as error:
                     verdict = _verdict_on(error, upstream)
+                except BaseException:  # the client has left
+                    _tell_of_departure(order, exchange, replica)
+                    raise
                 else:
                     if whole is not None:
                         verdict = _verdict_of(whole, call, upstream)
             if verdict is None:
+                if whole is not None:
+                    _note_whole(exchange, whole, relay)
+                _tell_router(order, exchange, relay, upstream)
                 if whole is None:
                     reply.finish()
                 else:
                     runtime.witness.answered(replica, pool.replicas)
                     _write_whole(whole, relay, reply, exchange)
-                used = exchange.usage if relay.reader is None else relay.reader.usage
-                if used is not None and call.path != EMBEDDINGS:
-                    upstream.signals.saw_usage(used.cached_tokens)
                 exchange.outcome = Outcome.COMPLETED
                 return
+            router.failed(order.request, replica, time.monotonic(), blamed=verdict.evidence is not None)
             if not story.goes_on(upstream, verdict, in_panic=decision.reason in PANIC) or relay.started_content:
                 raise verdict.error
     finally:
         story.close()
+
+
+def _tell_router(order: Order, exchange: Exchange, relay: Relay, upstream: Upstream) -> None:
+    """The answer is complete: what it has shown of the engine's cache and speed."""
+    route, used = order.route, exchange.usage if relay.reader is None else relay.reader.usage
+    now = time.monotonic()
+    if used is None:
+        route.router.finished(order.request, upstream.replica, now)
+        return
+    route.router.finished(
+        order.request,
+        upstream.replica,
+        now,
+        prompt_tokens=used.prompt_tokens,
+        cached_tokens=used.cached_tokens,
+        output_tokens=used.completion_tokens,
+    )
+    route.reader.learn(order.request, used.prompt_tokens)
+    if order.path != EMBEDDINGS:
+        upstream.signals.saw_usage(used.cached_tokens)
+
+
+def _tell_of_departure(order: Order, exchange: Exchange, replica: Replica) -> None:
+    """The client has left. Before any content that says nothing of the replica: patience is no time to first token."""
+    now = time.monotonic()
+    if exchange.first_content_at is None:
+        order.route.router.failed(order.request, replica, now, blamed=False)
+    else:
+        order.route.router.finished(order.request, replica, now)
 
 
 def _verdict_on(error: Exception, upstream: Upstream) -> Verdict:
@@ -145,6 +205,8 @@ def _verdict_on(error: Exception, upstream: Upstream) -> Verdict:
         return of_connection(error, upstream.hosted)
     if isinstance(error, SideChannelError):
         return of_question(error)
+    if isinstance(error, AdapterAway):
+        return Verdict(error, None, Again.SAFELY)
     if isinstance(error, GatewayError):
         return of_relay(error, upstream)
     assert isinstance(error, Untranslatable)
@@ -171,7 +233,9 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
     A server that refuses a field which the gateway has added is asked once more without it. It is taken to refuse the
     field for good only when that helped: a client can have any word stand in the message of its own bad request.
     """
-    dialect = upstream.dialect
+    dialect, adapter = upstream.dialect, order.route.adapter
+    if adapter is not None and adapter not in (upstream.replica.adapters or ()):
+        await _load_adapter(adapter, order, relay.exchange, upstream, runtime)
     if dialect.must_know_adapters and upstream.replica.adapters is None:
         await upstream.learn_adapters()  # once in each life of the engine
     bound = relay.exchange.max_tokens_set
@@ -184,7 +248,7 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
         request_id=order.request.id if relay.exchange.attempts == 1 else runtime.new_request_id(),
         stream=order.request.stream,
         model=upstream.model or order.route.upstream_model,
-        adapter=order.route.adapter,
+        adapter=adapter,
         urgency=order.urgency,
         priority=None if upstream.info is None else upstream.info.priority,
         adapters=upstream.adapters or upstream.configured_adapters,
@@ -215,6 +279,8 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
             if not relay.completed:
                 runtime.abort(upstream, wish.request_id)
             raise
+        if adapter is not None and dialect.loads_adapters and whole is not None and whole.status == 404:
+            raise runtime.adapters.missed(upstream, adapter)
         refused = refused_field(whole, values, order.body.fields)
         if refused is None or whole is None:
             if whole is None or whole.answers:
@@ -222,6 +288,13 @@ async def _ask(call: Call, order: Order, relay: Relay, upstream: Upstream, runti
                     upstream.signals.refuses_field(name, f"it answered {status}")
             return whole
         left_out[refused] = whole.status
+
+
+async def _load_adapter(adapter: str, order: Order, exchange: Exchange, upstream: Upstream, runtime: Runtime) -> None:
+    """Have the replica load the adapter that the policy sent the request there for, within the request's time."""
+    left_s = exchange.started_at + order.total_s - time.monotonic()
+    await runtime.adapters.ensure(upstream, adapter, min(left_s, order.route.timing.first_token_s))
+    order.route.pool.routing.sent(order.request, upstream.replica, time.monotonic())
 
 
 async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Connection:
@@ -236,10 +309,9 @@ async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Conn
         raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.") from error
 
 
-def _fits(order: Order, story: Attempts, runtime: Runtime) -> bool:
+def _fits(order: Order, story: Attempts) -> bool:
     """Whether some replica could take the request now."""
-    replicas = order.route.pool.replicas
-    return runtime.policy.decide(order.request, replicas, time.monotonic(), story.tried).replica is not None
+    return order.route.router.fits(order.request, order.route.pool.replicas, time.monotonic(), story.tried)
 
 
 def _some_are_full(decision: Decision) -> bool:
@@ -247,19 +319,30 @@ def _some_are_full(decision: Decision) -> bool:
     return any(each.reason == "full" for each in decision.excluded)
 
 
-def _none_left(decision: Decision) -> GatewayError:
+def none_left(decision: Decision) -> GatewayError:
     """The error for a request that no replica can take, with the reasons counted."""
     reasons = [each.reason for each in decision.excluded]
     if reasons and set(reasons) == {"credential_refused"}:
         return UpstreamFailed("The model servers refuse the gateway's own credential.", code="upstream_auth_failed")
     counted = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
     if reasons and set(reasons) == {"region"}:
-        refused = NoReplicaAvailable("No replica of this model is in the region asked for.", param="x-tidegate-region")
-        refused.status = 403
-        refused.code = "data_residency_mismatch"
-        refused.type = "request_forbidden"
-        return refused
+        return _out_of_region()
     return NoReplicaAvailable(f"No replica can take the request now ({counted}).", retry_after_s=1.0)
+
+
+def _check_regions(order: Order) -> None:
+    """Refuse what no replica may serve, before it waits for a place that could be of no use to it."""
+    regions = order.request.regions
+    if regions and all(replica.region not in regions for replica in order.route.pool.replicas):
+        raise _out_of_region()
+
+
+def _out_of_region() -> GatewayError:
+    refused = NoReplicaAvailable("No replica of this model is in the region asked for.", param="x-tidegate-region")
+    refused.status = 403
+    refused.code = "data_residency_mismatch"
+    refused.type = "request_forbidden"
+    return refused
 
 
 def _relay(order: Order, exchange: Exchange, reply: Reply, runtime: Runtime) -> Relay:
@@ -276,8 +359,23 @@ def _relay(order: Order, exchange: Exchange, reply: Reply, runtime: Runtime) -> 
         hide_usage=order.hide_usage,
         max_event_bytes=runtime.settings.stream.max_event_bytes,
         max_response_bytes=order.route.pool.settings.max_response_bytes,
-        answered=partial(runtime.witness.answered, pool=order.route.pool.replicas) if exchange.stream else None,
+        answered=partial(_first_content, order, runtime) if exchange.stream else None,
     )
+
+
+def _first_content(order: Order, runtime: Runtime, replica: Replica) -> None:
+    """Content of the answer has come from this replica."""
+    runtime.witness.answered(replica, order.route.pool.replicas)
+    order.route.router.first_token(order.request, replica, time.monotonic())
+
+
+def read_prompt(order: Order, exchange: Exchange) -> None:
+    """Tell the router about the prompt."""
+    route, request = order.route, order.request
+    if not route.router.wants_prefix:
+        route.reader.measure(request)
+    elif request.prefix is None:
+        route.reader.read(request, order.path, order.body.fields, exchange.tenant)
 
 
 def _note(exchange: Exchange, order: Order) -> None:
@@ -291,24 +389,30 @@ def _note(exchange: Exchange, order: Order) -> None:
 def _note_choice(exchange: Exchange, replica: Replica, decision: Decision) -> None:
     exchange.replica = replica.name
     exchange.region = replica.region
-    exchange.route_reason = decision.reason
+    exchange.route_reason = SPILLED if exchange.spill else decision.reason
+    exchange.predicted_cached_tokens = decision.cached_tokens
+    exchange.predicted_ttft_ms = decision.predicted_ttft_ms
 
 
 def _headers(exchange: Exchange, content: Headers) -> Headers:
     """The reply's headers: what the content is, and how it came about."""
-    headers = [
-        *content,
-        (b"x-request-id", exchange.request_id.encode()),
-        (b"x-tidegate-replica", exchange.replica.encode()),
-        (b"x-tidegate-attempts", b"%d" % exchange.attempts),
-        (b"x-tidegate-route-reason", exchange.route_reason.encode()),
-        *exchange.admission_headers,
-    ]
-    if exchange.region is not None:
-        headers.append((b"x-tidegate-region", exchange.region.encode()))
+    headers = [*content, (b"x-request-id", exchange.request_id.encode()), *exchange.admission_headers]
+    _add_route(headers, exchange)
     if exchange.stream:
         headers += ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
     return headers
+
+
+def _add_route(headers: Headers, exchange: Exchange) -> None:
+    """Who was tried last, and why that one."""
+    headers += (
+        (b"x-tidegate-replica", exchange.replica.encode()),
+        (b"x-tidegate-attempts", b"%d" % exchange.attempts),
+        (b"x-tidegate-route-reason", exchange.route_reason.encode()),
+        (b"x-tidegate-predicted-cached-tokens", b"%d" % exchange.predicted_cached_tokens),
+    )
+    if exchange.region is not None:
+        headers.append((b"x-tidegate-region", exchange.region.encode()))
 
 
 def _write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exchange) -> None:
@@ -318,7 +422,6 @@ def _write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exc
         raise StreamInterrupted("The model server answered a streaming request without a stream.")
     if exchange.stream and not whole.body:
         raise UpstreamFailed("The model server answered a streaming request with nothing.", code="upstream_truncated")
-    _note_whole(exchange, whole, relay)
     content_type = dict(whole.headers).get(b"content-type", b"application/json")
     reply.send(whole.status, _headers(exchange, [(b"content-type", content_type)]), whole.body)
 
@@ -359,6 +462,5 @@ def _refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Ex
         *exchange.admission_headers,
     ]
     if exchange.replica:
-        headers.append((b"x-tidegate-replica", exchange.replica.encode()))
-        headers.append((b"x-tidegate-attempts", b"%d" % exchange.attempts))
+        _add_route(headers, exchange)
     reply.send(error.status, headers, error.body())

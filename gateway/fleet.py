@@ -14,13 +14,16 @@ from backends.dialects import DIALECTS
 from backends.dialects.protocol import Adapter, Dialect
 from backends.ticker import Ticker
 from backends.upstream import Upstream
-from gateway.config import Backend, Price, Settings
+from gateway.config import Backend, ExchangeRates, Model, Price, Settings
 from gateway.config import Replica as ReplicaSettings
+from gateway.reading import PromptReader
 from gateway.relay import Timing
 from routing.credential import Credential
 from routing.ejection import Rules
 from routing.health import Health
-from routing.types import Replica
+from routing.policies import make_policy
+from routing.router import PoolState, Router
+from routing.types import Policy, Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +39,24 @@ class Pool:
     credential: Credential
     """The state of the key that its replicas share."""
     by_identity: Mapping[str, Replica]
+    routing: PoolState
+    """What decisions about it share; the same for as long as the pool exists."""
+    configured_adapters: frozenset[str]
+    """Names of the LoRA adapters that the configuration lists."""
 
     def knows_adapter(self, name: str) -> bool:
         """Whether the configuration or any replica knows a LoRA adapter of this name."""
         # On the way of every request with an adapter: no union of what a hundred replicas hold.
-        return any(replica.adapters is not None and name in replica.adapters for replica in self.replicas) or any(
-            each.name == name for each in self.settings.adapters
+        return name in self.configured_adapters or any(
+            replica.adapters is not None and name in replica.adapters for replica in self.replicas
         )
 
-    def resident_adapters(self) -> frozenset[str]:
-        """The LoRA adapters that some replica holds, as far as the engines say."""
-        return frozenset[str]().union(*(replica.adapters for replica in self.replicas if replica.adapters is not None))
+    def usable_adapters(self) -> frozenset[str]:
+        """The LoRA adapters that some replica holds, as far as the engines say, or can be told to load."""
+        known = [replica for replica in self.replicas if replica.adapters is not None]
+        return frozenset[str]().union(
+            *(replica.adapters or () for replica in known), *(replica.loadable for replica in known)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,18 @@ class ModelRoute:
     model: str
     """The configuration's name for it, which permissions and limits go by; with an adapter asked for by the client
     that of the base model."""
+    router: Policy
+    reader: PromptReader
+    ms_per_usd: tuple[float, ...]
+    """What a dollar is worth to each class, the most urgent first; zeros where no replica of the pool has a price."""
+    policy: str
+    """What the configuration calls its policy; one of the operator's own may call itself something else."""
+
+    @property
+    def asked_adapter(self) -> str | None:
+        """The adapter that the client has asked for, in whichever way; None for one that the configuration names:
+        whoever may use a model may use that."""
+        return self.adapter if self.name != self.model else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +100,43 @@ class Fleet:
     _adapter_routes: dict[str, ModelRoute] = field(default_factory=dict)
 
     def route(self, name: str) -> ModelRoute | None:
-        """What a client means by this name; None when it is no model, nor a model with an adapter."""
-        return self.models.get(name) or self._adapter_route(name)
+        """What a client means by this name: a model, `<model>:<adapter>`, or the adapter of one model only, whichever
+        comes first. None when it is none of these."""
+        route = self.models.get(name) or self._adapter_route(name)
+        if route is None:
+            found = self.with_adapter(name)
+            route = found[0] if len(found) == 1 else None
+        return route
+
+    def with_adapter(self, adapter: str) -> list[ModelRoute]:
+        """The models, by their own names, that have a LoRA adapter of this name, each with it."""
+        knowing = {pool.name for pool in self.pools.values() if pool.knows_adapter(adapter)}
+        routes = (
+            self._adapter_route(f"{name}:{adapter}")
+            for name, route in self.models.items()
+            if route.adapter is None and name == route.name and route.pool.name in knowing
+        )
+        return [route for route in routes if route is not None]
+
+    def adapted(self, base: ModelRoute, adapter: str) -> ModelRoute | None:
+        """A model's route with an adapter; None when the model has one of its own, or there is none of that name."""
+        return self._adapter_route(f"{base.name}:{adapter}")
 
     def listed(self) -> Iterator[tuple[str, ModelRoute]]:
-        """Every name a client can use, adapters that some replica holds included; aliases stand without them."""
+        """Every name a client can use, of adapters that can be had now too; aliases stand without them."""
         yield from self.models.items()
+        alone: dict[str, ModelRoute | None] = {}
         for name, route in self.models.items():
-            if route.adapter is None and name == route.name:
-                for adapter in sorted(route.pool.resident_adapters()):
-                    yield f"{name}:{adapter}", route
+            if route.adapter is not None or name != route.name:
+                continue
+            for adapter in sorted(route.pool.usable_adapters()):
+                found = self._adapter_route(f"{name}:{adapter}")
+                if found is not None:
+                    yield f"{name}:{adapter}", found
+                    alone[adapter] = None if adapter in alone else found
+        for adapter, only in alone.items():
+            if only is not None and self.route(adapter) is only:
+                yield adapter, only
 
     def _adapter_route(self, name: str) -> ModelRoute | None:
         """The route for `<model>:<adapter>`, if there is such a model and its pool knows such an adapter.
@@ -115,13 +164,23 @@ class Fleet:
             yield from pool.upstreams.values()
 
 
-def build_fleet(settings: Settings, ticker: Ticker, now_unix_s: float, previous: Fleet | None = None) -> Fleet:
-    """Make the fleet that `settings` describe, taking over unchanged replicas of `previous`."""
+def build_fleet(
+    settings: Settings,
+    ticker: Ticker,
+    now_unix_s: float,
+    previous: Fleet | None = None,
+    policy: Policy | None = None,
+) -> Fleet:
+    """Make the fleet that `settings` describe, taking over unchanged replicas of `previous`.
+
+    `policy` takes the place of every model's own, for tests.
+    """
     known = {} if previous is None else previous.pools
     pools = {name: _pool(name, backend, ticker, known.get(name)) for name, backend in settings.backends.items()}
     models: dict[str, ModelRoute] = {}
     for name, model in settings.models.items():
         timeouts = settings.effective_timeouts(name)
+        old = None if previous is None else previous.models.get(name)
         route = ModelRoute(
             name=name,
             pool=pools[model.backend],
@@ -138,9 +197,14 @@ def build_fleet(settings: Settings, ticker: Ticker, now_unix_s: float, previous:
             connect_s=timeouts.connect_s,
             price=model.price,
             model=name,
+            router=policy or _router(model.policy, pools[model.backend], old),
+            ms_per_usd=_rates(model.ms_per_usd, pools[model.backend]),
+            policy=model.policy,
+            reader=_reader(name, model, old),
         )
         for key in (name, *model.aliases):
             models[key] = route
+    _take_stock(pools, known)
     return Fleet(pools, models, int(now_unix_s))
 
 
@@ -163,6 +227,10 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
         replica.max_in_flight = entry.max_in_flight
         replica.meter.configure(entry.max_in_flight, backend.queue.max_tokens)
         replica.dp_rank = entry.dp_rank
+        price = entry.price or Price()
+        replica.input_usd_per_million = price.input
+        replica.cached_usd_per_million = price.cached_input
+        replica.output_usd_per_million = price.output
         replica.credential = credential if backend.api_key is not None else None
         replica.health.rules = rules
         if not backend.health.probe:
@@ -170,13 +238,64 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
         kept = None if previous is None or not unchanged else previous.upstreams.get(replica)
         if kept is None:
             kept = _upstream(replica, entry, backend, DIALECTS[engine], ticker)
+        replica.hosted = kept.hosted
         kept.model = entry.upstream_model
         kept.configured_adapters = tuple(Adapter(each.name, each.path) for each in backend.adapters)
+        _configure_adapters(kept, backend)
         upstreams[replica] = kept
     reserved = frozenset[str]().union(*(upstream.dialect.reserved for upstream in upstreams.values()))
-    return Pool(
-        name, backend, tuple(upstreams), upstreams, reserved, credential, {each.identity: each for each in upstreams}
-    )
+    routing = PoolState() if previous is None else previous.routing
+    by_identity = {each.identity: each for each in upstreams}
+    names = frozenset(each.name for each in backend.adapters)
+    return Pool(name, backend, tuple(upstreams), upstreams, reserved, credential, by_identity, routing, names)
+
+
+def _take_stock(pools: Mapping[str, Pool], previous: Mapping[str, Pool]) -> None:
+    """Have routing forget the replicas that are gone. Done last: a fleet that cannot be made must leave the old one
+    as it was."""
+    for name, pool in pools.items():
+        for replica in previous[name].replicas if name in previous else ():
+            if replica not in pool.upstreams:
+                pool.routing.forget(replica)
+            else:
+                pool.routing.resize(replica)  # `queue.max_tokens` may have changed
+
+
+def _configure_adapters(upstream: Upstream, backend: Backend) -> None:
+    """Which adapters requests may have loaded, and how many there may be. What the engine has shown since holds on."""
+    replica = upstream.replica
+    loadable = frozenset[str]()
+    if upstream.dialect.loads_adapters and backend.adapters_load != "always":
+        loadable = frozenset(each.name for each in backend.adapters)
+    if loadable != upstream.loadable:
+        upstream.loadable = replica.loadable = loadable
+    if backend.adapter_slots is not None:
+        replica.adapter_slots = backend.adapter_slots
+    elif upstream.adapter_slots is not None:
+        replica.adapter_slots = None
+    upstream.adapter_slots = backend.adapter_slots
+
+
+def _router(policy: str, pool: Pool, previous: ModelRoute | None) -> Router:
+    """The model's policy at work; one that stays the same keeps what it has learned."""
+    if previous is not None and isinstance(previous.router, Router):
+        router = previous.router
+        if previous.policy == policy and router.state is pool.routing:
+            return router
+    chooser = make_policy(policy, Random())
+    return Router(chooser, pool.routing, stay_where_loaded=not getattr(chooser, "weighs_adapters", False))
+
+
+def _reader(name: str, model: Model, previous: ModelRoute | None) -> PromptReader:
+    if previous is not None and previous.name == name:
+        return previous.reader.configured(model.isolate_tenants, model.upstream_model)
+    return PromptReader(name, model.isolate_tenants, model.upstream_model)
+
+
+def _rates(rates: ExchangeRates, pool: Pool) -> tuple[float, ...]:
+    if not any(entry.price is not None for entry in pool.settings.replicas):
+        return (0.0, 0.0, 0.0, 0.0)
+    return (rates.critical, rates.standard, rates.batch, rates.sheddable)
 
 
 def _rules(backend: Backend) -> Rules:

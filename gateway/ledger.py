@@ -110,6 +110,8 @@ def as_record(exchange: Exchange) -> dict[str, Any]:
         "replica": exchange.replica,
         "region": exchange.region,
         "route_reason": exchange.route_reason,
+        "predicted_cached_tokens": exchange.predicted_cached_tokens if exchange.replica else None,
+        "predicted_ttft_ms": None if exchange.predicted_ttft_ms is None else round(exchange.predicted_ttft_ms, 3),
         "attempts": exchange.attempts,
         "status": exchange.status,
         "outcome": exchange.outcome,
@@ -123,6 +125,7 @@ def as_record(exchange: Exchange) -> dict[str, Any]:
         "response_bytes": exchange.response_bytes,
         "queue_ms": _ms(exchange.queue_s),
         "ttft_ms": _ms(exchange.ttft_s),
+        "replica_ttft_ms": _ms(exchange.replica_ttft_s),
         "duration_ms": _ms(exchange.duration_s),
         "cost_usd": exchange.cost_usd,
     }

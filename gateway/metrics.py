@@ -22,6 +22,9 @@ from routing.types import Replica
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
+MAX_REASONS = 32
+"""Reasons counted by name for each model. Policies that users bring may make up any number."""
+OTHER_REASON = "other"
 UNKNOWN_MODEL = "unknown"
 """Label of requests that never resolved to a configured model; what a client typed is never a label."""
 
@@ -29,7 +32,7 @@ UNKNOWN_MODEL = "unknown"
 class _ModelCounts:
     """All that is counted for one configured model."""
 
-    __slots__ = ("cached_tokens", "completion_tokens", "cost_usd", "duration", "prompt_tokens", "ttft")
+    __slots__ = ("cached_tokens", "completion_tokens", "cost_usd", "duration", "prompt_tokens", "reasons", "ttft")
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
@@ -38,6 +41,8 @@ class _ModelCounts:
         self.cost_usd = 0.0
         self.ttft = Histogram(TTFT_BUCKETS_S)
         self.duration = Histogram(DURATION_BUCKETS_S)
+        self.reasons: dict[str, int] = {}
+        """Requests by why their last replica was chosen."""
 
 
 class Metrics:
@@ -48,6 +53,8 @@ class Metrics:
         self._requests: dict[tuple[str, str, str], int] = {}
         self._refused: dict[int, int] = {}
         self._attempts: dict[tuple[str, str], int] = {}
+        self._cached: dict[tuple[str, str], tuple[int, int]] = {}
+        """Prompt tokens believed to be in a replica's cache, and those that its engine then reported."""
         self._models: dict[str, _ModelCounts] = {}
 
     def observe(self, exchange: Exchange) -> None:
@@ -74,6 +81,13 @@ class Metrics:
         if exchange.replica:
             tried = (exchange.pool, exchange.replica)
             self._attempts[tried] = self._attempts.get(tried, 0) + exchange.attempts
+            reasons, reason = counts.reasons, exchange.route_reason
+            if reason not in reasons and len(reasons) >= MAX_REASONS:
+                reason = OTHER_REASON
+            reasons[reason] = reasons.get(reason, 0) + 1
+            if used is not None and used.cached_tokens is not None:
+                predicted, reported = self._cached.get(tried, (0, 0))
+                self._cached[tried] = (predicted + exchange.predicted_cached_tokens, reported + used.cached_tokens)
 
     def refused(self, status: int) -> None:
         """Count a request that was answered with an error before it became an exchange."""
@@ -101,6 +115,7 @@ class Metrics:
         for tried, count in list(self._attempts.items()):
             attempts.add_metric(tried, count)
         yield attempts
+        yield from self._route_families()
         yield from self._token_families()
         yield self._histogram("tidegate_ttft_seconds", "Time to first content.", lambda counts: counts.ttft)
         yield self._histogram(
@@ -108,6 +123,32 @@ class Metrics:
             "From a request's first byte to its settlement.",
             lambda c: c.duration,
         )
+
+    def _route_families(self) -> Iterator[Metric]:
+        decisions = CounterMetricFamily(
+            "tidegate_route_decisions",
+            "Requests by why the replica that was tried last was chosen.",
+            labels=["model", "reason"],
+        )
+        for model, counts in list(self._models.items()):
+            for reason, count in list(counts.reasons.items()):
+                decisions.add_metric([model, reason], count)
+        yield decisions
+        predicted = CounterMetricFamily(
+            "tidegate_cached_tokens_predicted",
+            "Prompt tokens believed to be cached, of requests whose engine says how many were.",
+            labels=["pool", "replica"],
+        )
+        reported = CounterMetricFamily(
+            "tidegate_cached_tokens_reported",
+            "Prompt tokens of the same requests that the engine had cached by its own account.",
+            labels=["pool", "replica"],
+        )
+        for labels, (believed, said) in list(self._cached.items()):
+            predicted.add_metric(labels, believed)
+            reported.add_metric(labels, said)
+        yield predicted
+        yield reported
 
     def _token_families(self) -> Iterator[Metric]:
         tokens = CounterMetricFamily(

@@ -76,11 +76,14 @@ class Gateway:
     def ask(
         self, method: str, target: str, content: Any = None, timeout_s: float = ANSWER_WITHIN_S
     ) -> tuple[int, dict[str, Any]]:
-        """Status and JSON body of an answer that is one. Raises `Problem` for everything else."""
+        """Status and JSON body of an answer that is one. Raises `Problem` for everything else.
+
+        `content` is JSON, as bytes or as what it stands for.
+        """
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
-        body = None if content is None else json.dumps(content)
+        body = content if content is None or isinstance(content, bytes) else json.dumps(content)
         try:
             connection.request(method, target, body, {"authorization": f"Bearer {self.token}"})
             response = connection.getresponse()
@@ -223,7 +226,7 @@ def _replicas(gateway: Gateway, as_json: bool) -> int:
                 each["url"],
             )
         )
-    _print_table(rows)
+    print_table(rows)
     for index in answer["silent_workers"]:
         print(f"worker {index} does not answer; what it does is not counted here", file=sys.stderr)
     return DONE
@@ -246,7 +249,8 @@ def _or_dash(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of one length, the first of them the heads of the columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -337,7 +341,7 @@ def _list_adapters(gateway: Gateway, pool: str | None, as_json: bool) -> int:
         )
         for each in answer["adapters"]
     ]
-    _print_table(rows)
+    print_table(rows)
     for each in answer["lacking"]:
         print(f"{each['pool']}/{each['replica']} does not list adapters: {each['reason']}", file=sys.stderr)
     return DONE

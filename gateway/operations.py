@@ -121,7 +121,7 @@ class Operations:
 
     async def _load(self, request: Request) -> Response:
         try:
-            change = msgspec.json.decode(await _body(request), type=AdapterChange)
+            change = msgspec.json.decode(await body_of(request, MAX_BODY_BYTES), type=AdapterChange)
         except msgspec.MsgspecError as error:
             raise InvalidRequest(
                 f"The body must be JSON with pool, name, path and perhaps replica: {error}."
@@ -214,12 +214,13 @@ def _failure(change: AdapterChange, results: Sequence[AdapterResult]) -> Adapter
     )
 
 
-async def _body(request: Request) -> bytes:
+async def body_of(request: Request, limit_bytes: int) -> bytes:
+    """Raises `BodyTooLarge`."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"The body may have {MAX_BODY_BYTES} bytes.")
+        if len(body) > limit_bytes:
+            raise BodyTooLarge(f"The body may have {limit_bytes} bytes.")
     return bytes(body)
 
 

@@ -16,9 +16,10 @@ from gateway.body import Body, parse
 from gateway.bounds import asked_choices, asked_output
 from gateway.errors import InvalidRequest, ModelNotFound
 from gateway.fleet import Fleet, ModelRoute
-from gateway.keys.principal import Principal, allowed_regions, authorise
+from gateway.keys.principal import Principal, allowed_regions, authorise, may_use
 from gateway.keys.records import KeyRecord
 from gateway.limits.classes import band_of, urgency, waits_long
+from gateway.prompt import session_of
 from gateway.store.places import Band
 from routing.types import InferenceRequest
 
@@ -27,6 +28,8 @@ INFERENCE_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
 
 STANDARD = "standard"
 """Priority class of requests without a key."""
+MAX_REGIONS = 100
+"""That one request may name."""
 PASSED_ON = frozenset({b"traceparent", b"tracestate"})
 """The client headers that reach an upstream. Anything else, credentials above all, does not."""
 
@@ -71,6 +74,10 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
     body = parse(call.body)
     fields = body.fields
     route = _route(fields.get("model"), fleet, caller)
+    if "lora_path" in fields:
+        route = _with_lora(route, fields["lora_path"], fleet, caller)
+        body = parse(body.with_values({"lora_path": b"null"}))  # no name or path of a client's reaches an engine
+        fields = body.fields
     if not route.pool.reserved.isdisjoint(fields):
         _refuse_reserved(route.pool.reserved, fields)
     stream = _flag(fields, "stream") and call.path != EMBEDDINGS
@@ -86,6 +93,8 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
         if name in PASSED_ON:
             passed_on.append((name, value))
         elif name == b"x-tidegate-region":
+            if regions:  # a proxy's and the client's: nobody can say which of them is to hold
+                raise _bad_regions("must come once; name several regions in it, separated by commas")
             regions = _regions(value)
         elif name == b"x-tidegate-deadline-ms":
             total_s = min(route.timing.total_s, _deadline_s(value))
@@ -106,9 +115,13 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
         max_output_tokens=max_output_tokens,
         regions=regions,
     )
+    band = band_of(STANDARD if key is None else key.priority_class, tier, asked_class)
+    request.priority = band
+    request.ms_per_usd = route.ms_per_usd[band]
+    if route.router.wants_prefix:
+        request.session = session_of(fields, call.headers, caller.tenant.name)
     options = fields.get("stream_options")
     hide_usage = stream and not (isinstance(options, dict) and options.get("include_usage") is True)
-    band = band_of(STANDARD if key is None else key.priority_class, tier, asked_class)
     return Order(
         call.path,
         request,
@@ -129,16 +142,57 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
 def _route(model: Any, fleet: Fleet, caller: Principal) -> ModelRoute:
     if not isinstance(model, str) or not model:
         raise InvalidRequest("You must name a model, as a string.", param="model", code="missing_model")
-    route = fleet.route(model)
+    route = fleet.route(model) or _of_several(model, fleet, caller)
     if caller.key is not None:
         if route is None:
             authorise(caller, model)
         else:
-            # Whoever may use a model may use the adapter that its entry in the configuration names.
-            authorise(caller, route.model, route.adapter if route.name != route.model else None)
+            authorise(caller, route.model, route.asked_adapter)
     if route is None:
         raise ModelNotFound(f"The model {model[:200]!r} does not exist here; GET /v1/models lists them.", param="model")
     return route
+
+
+def _of_several(adapter: str, fleet: Fleet, caller: Principal) -> ModelRoute | None:
+    """The route for the name of an adapter that several models have, if the caller may use it with one of them only.
+
+    None when none has it. Raises `InvalidRequest` when it could mean several.
+    """
+    found = fleet.with_adapter(adapter)
+    usable = [route for route in found if may_use(caller, route.model, route.adapter)]
+    if len(usable) > 1:
+        names = ", ".join(route.name for route in usable[:5])
+        raise InvalidRequest(
+            f"Several models have a LoRA adapter {adapter[:200]!r}; ask for one of: {names}.",
+            param="model",
+            code="ambiguous_model",
+        )
+    return usable[0] if usable else next(iter(found), None)
+
+
+def _with_lora(route: ModelRoute, asked: Any, fleet: Fleet, caller: Principal) -> ModelRoute:
+    """The route with the adapter that `lora_path` names: SGLang's field, in which a path could stand as well.
+
+    Raises `InvalidRequest` for anything but the name of an adapter that the model has, and for another one than the
+    model's name asks for. Null asks for nothing.
+    """
+    if asked is None or (isinstance(asked, str) and asked == route.adapter):
+        return route
+    if isinstance(asked, str) and asked and route.adapter is None:
+        authorise(caller, route.model, asked)  # before it is looked for, so that nobody can find out others' names
+        found = fleet.adapted(route, asked)
+        if found is not None:
+            return found
+    why = "names no LoRA adapter of this model"
+    if not isinstance(asked, str):
+        why = "must be a string"
+    elif route.adapter is not None:
+        why = "names another LoRA adapter than the model does"
+    raise InvalidRequest(
+        f"'lora_path' {why}; give the name of one that GET /v1/models lists, never a path.",
+        param="lora_path",
+        code="unknown_adapter",
+    )
 
 
 def _refuse_reserved(reserved: frozenset[str], fields: Mapping[str, Any]) -> None:
@@ -158,14 +212,16 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
 
 
 def _regions(value: bytes) -> tuple[str, ...]:
-    regions = tuple(part.strip() for part in value.decode("latin-1").split(",") if part.strip())
+    regions = tuple(dict.fromkeys(part.strip() for part in value.decode("latin-1").split(",") if part.strip()))
     if not regions:
-        raise InvalidRequest(
-            "The header x-tidegate-region must name a region, or several separated by commas.",
-            param="x-tidegate-region",
-            code="invalid_header",
-        )
+        raise _bad_regions("must name a region, or several separated by commas")
+    if len(regions) > MAX_REGIONS:  # each is compared with each replica's, at each choice
+        raise _bad_regions(f"may name {MAX_REGIONS} regions at most")
     return regions
+
+
+def _bad_regions(why: str) -> InvalidRequest:
+    return InvalidRequest(f"The header x-tidegate-region {why}.", param="x-tidegate-region", code="invalid_header")
 
 
 def _deadline_s(value: bytes) -> float:

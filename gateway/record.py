@@ -53,6 +53,12 @@ class Exchange(msgspec.Struct, gc=False):
     replica: str = ""
     region: str | None = None
     route_reason: str = ""
+    spill: str = ""
+    """Why it went to rented replicas instead of the model's own; empty: it did not (`gateway.spill`)."""
+    predicted_cached_tokens: int = 0
+    """Prompt tokens that the chosen replica was believed to hold."""
+    predicted_ttft_ms: float | None = None
+    """From dispatch to first token, as the policy predicted it; None where it predicts nothing."""
     attempts: int = 0
     status: int = 0
     """HTTP status sent to the client; 0 when it left before one was sent."""
@@ -93,3 +99,9 @@ class Exchange(msgspec.Struct, gc=False):
     def ttft_s(self) -> float | None:
         """Time to first content event, measured at the gateway; None when none came."""
         return None if self.first_content_at is None else self.first_content_at - self.started_at
+
+    @property
+    def replica_ttft_s(self) -> float | None:
+        """The part of it since the last attempt was sent: what `predicted_ttft_ms` predicts."""
+        sent, came = self.dispatched_at, self.first_content_at
+        return None if sent is None or came is None else came - sent

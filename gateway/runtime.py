@@ -13,6 +13,7 @@ from backends.kvevents.view import Summary
 from backends.ticker import Ticker
 from backends.upstream import Upstream
 from gateway import usage
+from gateway.adapters import AdapterKeeper
 from gateway.admission.opening import Admission
 from gateway.config import Settings, keep_restart_only
 from gateway.errors import GatewayError
@@ -21,7 +22,9 @@ from gateway.ledger import Ledger
 from gateway.metrics import Metrics
 from gateway.order import Call
 from gateway.record import Exchange, Outcome
+from gateway.regions import Regions
 from gateway.relay import Relay
+from gateway.spill import Overflow
 from gateway.store import Store
 from gateway.watch.witness import Witness
 from routing.types import Policy, Replica
@@ -65,14 +68,15 @@ class Runtime:
     def __init__(
         self,
         settings: Settings,
-        policy: Policy,
+        policy: Policy | None,
         metrics: Metrics,
         ledger: Ledger,
         *,
         admission: Admission | None = None,
     ) -> None:
+        """`policy` takes the place of what the models' settings say, for tests."""
         self.settings = settings
-        self.policy = policy
+        self._policy = policy
         self.metrics = metrics
         self.ledger = ledger
         self.admission = admission or Admission(settings)
@@ -81,12 +85,16 @@ class Runtime:
         self.store: Store = self.admission.store
         """What this worker shares with the others."""
         self.witness = Witness()
+        self.adapters = AdapterKeeper(self.store, lambda: self.fleet)
         self.kv_listeners: Mapping[Replica, KvSource] = {}
         """Where KV-cache events are followed; kept up by the watch."""
         self.loop = asyncio.get_running_loop()
         """Kept, because asking for it costs a system call per request on CPython 3.11 (a check of the process id)."""
         self.ticker = Ticker(self.loop)
-        self.fleet: Fleet = build_fleet(settings, self.ticker, time.time())
+        self.fleet: Fleet = build_fleet(settings, self.ticker, time.time(), policy=policy)
+        self.regions = Regions(settings)
+        self.regions.watch(settings, self.fleet)
+        self.overflow = Overflow(settings, self.gate, lambda: self.fleet)
         self.body_budget = ByteBudget(settings.server.max_in_flight_bytes)
         self.draining = False
         """Set by shutdown: `/readyz` fails and replies close their connections."""
@@ -125,6 +133,7 @@ class Runtime:
             exchange.outcome = Outcome.INTERNAL
         if exchange.price is not None and exchange.usage is not None and exchange.cost_usd is None:
             exchange.cost_usd = usage.cost_usd(exchange.usage, exchange.price)
+        self.overflow.settle(exchange)
         exchange.admission_headers = ()  # sent; the record waits for the ledger, and should not hold on to memory
         self._live.discard(exchange.request_id)
         if not exchange.tenant:  # nobody knows who that was: no line in the log that anybody could fill
@@ -132,6 +141,19 @@ class Runtime:
             return
         self.metrics.observe(exchange)
         self.ledger.record(exchange)
+
+    async def learn_prompts(self) -> None:
+        """Load the tokenizers and templates of models that have some; a second for each, in a thread."""
+        settings, fleet = self.settings, self.fleet
+        if all(model.tokenizer is None for model in settings.models.values()):
+            for route in fleet.models.values():
+                route.reader.exact = None
+            return
+        from gateway.templates import load_templates
+
+        exact = await asyncio.to_thread(load_templates, settings)
+        for route in fleet.models.values():
+            route.reader.exact = exact if route.model in exact else None
 
     def open_relay(self, relay: Relay) -> None:
         """Start the relay's deadlines, and let shutdown reach it, until `close_relay`."""
@@ -178,10 +200,13 @@ class Runtime:
         """
         settings = keep_restart_only(self.settings, settings)
         old = self.fleet
-        self.fleet = build_fleet(settings, self.ticker, time.time(), old)
+        self.fleet = build_fleet(settings, self.ticker, time.time(), old, self._policy)
         self.settings = settings
         self.admission.reload(settings)
+        self.regions.watch(settings, self.fleet)
+        self.overflow.reload(settings)
         self._keep(self._retire(old))
+        self._keep(self.learn_prompts())
 
     async def _retire(self, old: Fleet) -> None:
         """Close what only the old fleet used, once every exchange that may still come for it has ended."""
@@ -189,6 +214,7 @@ class Runtime:
         while before & self._live:  # noqa: ASYNC110 - an event would have to be set on the hot path
             await asyncio.sleep(_RETIRE_POLL_S)
         kept = set(self.fleet.upstreams())
+        self.regions.leave(old, self.fleet)
         for upstream in old.upstreams():
             if upstream not in kept:
                 upstream.close_when_idle()
@@ -198,6 +224,7 @@ class Runtime:
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self.adapters.aclose()
         for upstream in self.fleet.upstreams():
             await upstream.aclose()
         self.ticker.close()

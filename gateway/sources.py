@@ -20,6 +20,8 @@ from gateway.errors import GatewayError
 
 ANSWER_WITHIN_S = 1.0
 """A worker that takes longer is left out. Its loop is stuck or it is starting; a scrape must not wait for that."""
+EXPLAIN_WITHIN_S = 10.0
+"""A request of megabytes before a thousand replicas, at a busy worker."""
 DRAIN_WITHIN_S = 10.0
 """Longer than the store may take, and than a worker waits to see its own change."""
 ADAPTER_WITHIN_S = 300.0
@@ -39,8 +41,8 @@ class Silent(Exception):
 class Refused(GatewayError):
     """A worker would not do what it was told; what it said is passed on as it is."""
 
-    def __init__(self, status: int, message: str, type_: str, code: str | None) -> None:
-        super().__init__(message, code=code)
+    def __init__(self, status: int, message: str, type_: str, code: str | None, param: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
         self.status = status
         self.type = type_
 
@@ -83,6 +85,9 @@ class Source(Protocol):
     async def usage(self, limit: int) -> list[dict[str, Any]]:
         """At most `limit` usage records, the last settled first."""
 
+    async def explain(self, question: bytes) -> dict[str, Any]:
+        """Where a request would go and why (`gateway.explanation`). Raises `GatewayError`, as the request would."""
+
     async def drain(self, pool: str, replica: str, draining: bool) -> None:
         """Have all workers give a replica no new work, or give it work again. Raises `GatewayError`."""
 
@@ -123,6 +128,16 @@ class RemoteSource:
     async def usage(self, limit: int) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = msgspec.json.decode(await self._get(f"/admin/usage?limit={limit}"))["data"]
         return records
+
+    async def explain(self, question: bytes) -> dict[str, Any]:
+        status, body = await self._ask("POST", "/admin/explain", question, timeout_s=EXPLAIN_WITHIN_S)
+        if status != 200:
+            raise _refusal(status, body)
+        try:
+            answer: dict[str, Any] = msgspec.json.decode(body)
+        except msgspec.MsgspecError as error:
+            raise Silent(f"worker {self.index} answered with no explanation") from error
+        return answer
 
     async def drain(self, pool: str, replica: str, draining: bool) -> None:
         verb = "drain" if draining else "undrain"
@@ -183,6 +198,7 @@ class _Error(msgspec.Struct):
     message: str
     type: str
     code: str | None = None
+    param: str | None = None
 
 
 class _Refusal(msgspec.Struct):
@@ -195,7 +211,7 @@ def _refusal(status: int, body: bytes) -> GatewayError:
         said = msgspec.json.decode(body, type=_Refusal).error
     except msgspec.MsgspecError as error:
         raise Silent(f"a worker answered {status} without a reason") from error
-    return Refused(status, said.message, said.type, said.code)
+    return Refused(status, said.message, said.type, said.code, said.param)
 
 
 def _quoted(name: str) -> str:

@@ -13,12 +13,15 @@ from prometheus_client.core import Metric
 
 from gateway.actions import Actions
 from gateway.config import Settings
+from gateway.explanation import explanation
 from gateway.fleet import Fleet, Pool
 from gateway.ledger import as_record
 from gateway.metrics import health_families, process_families, replica_families
+from gateway.route_metrics import route_families
 from gateway.runtime import KvSource, Runtime
 from gateway.sources import AdapterChange, AdapterResult
 from gateway.version import tidegate_version
+from routing.index import IndexStats
 from routing.load import Load
 from routing.types import Replica
 
@@ -41,6 +44,9 @@ class LocalSource:
 
     async def usage(self, limit: int) -> list[dict[str, Any]]:
         return [as_record(each) for each in islice(reversed(self._runtime.ledger.recent), limit)]
+
+    async def explain(self, question: bytes) -> dict[str, Any]:
+        return {"worker": self.index, **await explanation(self._runtime, question)}
 
     async def drain(self, pool: str, replica: str, draining: bool) -> None:
         await self._actions.drain(pool, replica, draining)
@@ -87,13 +93,39 @@ def _models(settings: Settings, fleet: Fleet) -> dict[str, Any]:
 
 
 def _pool_state(pool: Pool, runtime: Runtime, now: float) -> dict[str, Any]:
+    index = pool.routing.index.stats()
+    shown: dict[str, Any] = msgspec.to_builtins(index)
+    del shown["targets"]
     return {
         "name": pool.name,
         "engine": pool.settings.engine,
         "adapters": {each.name: each.path for each in pool.settings.adapters},
+        "prefix_index": shown,
         "replicas": [
-            _replica_state(pool, replica, runtime.kv_listeners.get(replica), now) for replica in pool.replicas
+            {
+                **_replica_state(pool, replica, runtime.kv_listeners.get(replica), now),
+                **_routing_state(pool, replica, index),
+            }
+            for replica in pool.replicas
         ],
+    }
+
+
+def _routing_state(pool: Pool, replica: Replica, index: IndexStats) -> dict[str, Any]:
+    """What decisions about a replica are made from: work, all gateways' together, speed, and what it is believed to
+    hold; and how well its time to first token is predicted."""
+    work, routing = replica.work, pool.routing
+    slot = routing.slots.get(replica)
+    return {
+        "work": {
+            "queued": work.queued,
+            "queued_tokens": work.queued_tokens,
+            "running": work.running,
+            "running_tokens": work.running_tokens,
+        },
+        "speed": msgspec.to_builtins(replica.speed),
+        "ttft_error": msgspec.to_builtins(routing.calibration.error(replica)),
+        "prefix_index": None if slot is None else msgspec.to_builtins(index.targets[slot]),
     }
 
 
@@ -121,6 +153,8 @@ def _replica_state(pool: Pool, replica: Replica, kv_source: KvSource | None, now
         "load": _load_state(replica.load, now),
         "info": None if upstream.info is None else msgspec.to_builtins(upstream.info),
         "adapters": [msgspec.to_builtins(adapter) for adapter in upstream.adapters],
+        "adapter_slots": replica.adapter_slots,
+        "adapters_loading": sorted(replica.loading),
         "kv_events": None if kv_source is None else msgspec.to_builtins(kv_source.summary()),
         "lacking": upstream.signals.lacking,
         "refused_fields": sorted(upstream.signals.refused_fields),
@@ -145,8 +179,11 @@ def _families(runtime: Runtime) -> Iterator[Metric]:
     yield from runtime.metrics.families()
     replicas = [replica for pool in runtime.fleet.pools.values() for replica in pool.replicas]
     yield from replica_families(replicas, time.monotonic())
+    yield from route_families(runtime.fleet.pools.values())
     yield from health_families(runtime.witness)
     yield from runtime.gate.metrics.families(runtime.admission)
+    yield from runtime.overflow.families()
+    yield from runtime.adapters.families()
     yield from process_families(
         runtime.in_flight, runtime.body_budget.used_bytes, runtime.ledger.lost, runtime.metrics.started_unix_s
     )

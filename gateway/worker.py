@@ -26,11 +26,11 @@ from gateway.ledger import Ledger
 from gateway.listener import Listener, admin_listener, inference_listener
 from gateway.metrics import Metrics
 from gateway.runtime import Runtime
+from gateway.sharing.service import Sharing
 from gateway.sources import Source
 from gateway.state import LocalSource
 from gateway.store import Store
 from gateway.watch.watcher import Watcher
-from routing.policies import LeastOutstanding
 
 logger = logging.getLogger("tidegate")
 
@@ -71,10 +71,11 @@ class Worker:
             self._admission = Admission(settings, store=store, workers=workers)
         except AdmissionError as error:
             raise StartError(str(error)) from error
-        self._runtime = Runtime(
-            settings, LeastOutstanding(Random()), Metrics(), self._ledger, admission=self._admission
-        )
+        self._runtime = Runtime(settings, None, Metrics(), self._ledger, admission=self._admission)
         self._watcher = Watcher(self._runtime, Random())
+        self._sharing: Sharing | None = None
+        if workers > 1 or self._admission.far is not None:
+            self._sharing = Sharing(self._runtime.store, lambda: self._runtime.fleet.pools)
         self._admin_app = build_admin(LocalSource(self._runtime, index), self._admission)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -100,6 +101,8 @@ class Worker:
         try:
             self._runtime.reload(settings)
             self._watcher.refresh()
+            if self._sharing is not None:
+                self._sharing.refresh()
         except Exception:
             logger.exception("reload failed")
 
@@ -120,7 +123,11 @@ class Worker:
         except AdmissionError as error:
             raise StartError(str(error)) from error
         self._watcher.start()
+        await runtime.learn_prompts()
         await self._watcher.first_look(FIRST_LOOK_S)
+        if self._sharing is not None:
+            self._sharing.start()
+            await self._sharing.first_look(FIRST_LOOK_S)
         listener, sweep = inference_listener(build_app(runtime), runtime)
         runtime.ticker.add(sweep)
         async with asyncio.TaskGroup() as tasks:
@@ -137,6 +144,8 @@ class Worker:
             if admin is not None:
                 admin.should_exit = True
                 admin.cut()
+        if self._sharing is not None:
+            await self._sharing.aclose()
         await self._watcher.aclose()
         await runtime.aclose()
 

@@ -185,7 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or (None if options.quick else docs / "benchmarks.json")
     table = options.table or (None if options.quick else docs / "benchmarks.md")
     if out is not None:
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        # What others measure stays: they have sections of their own in this file.
+        before = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps({**before, **record}, indent=1) + "\n")
     if table is not None:
         report.insert(table, text)
     for problem in problems:

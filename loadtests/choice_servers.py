@@ -66,14 +66,15 @@ def _tidegate(edge: Literal["protocol", "asgi"], port: int) -> None:
     from gateway.ledger import Ledger
     from gateway.listener import bind_tcp, inference_listener, listen
     from gateway.metrics import Metrics
-    from routing.policies import LeastOutstanding
+    from routing.policies.balanced import LeastOutstanding
+    from routing.router import Router
 
     for module in ("gateway.edges.protocol", "gateway.edges.asgi"):
         importlib.import_module(module).__dict__["serve"] = answer_at_once
 
     async def main() -> None:
         settings = Settings(server=Server(edge=edge))
-        runtime = Runtime(settings, LeastOutstanding(Random(0)), Metrics(), Ledger(None))
+        runtime = Runtime(settings, Router(LeastOutstanding(Random(0))), Metrics(), Ledger(None))
         listener, sweep = inference_listener(build_app(runtime), runtime)
         runtime.ticker.add(sweep)
         sock = bind_tcp("127.0.0.1", port, "--port")

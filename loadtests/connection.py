@@ -212,13 +212,15 @@ class Connection(asyncio.Protocol):
         if kind is None:
             self._other(method, path, body)
             return
-        if engine.quick and self._request is None and self._answered_from_cache(kind, body):
+        if engine.quick and engine.pace is None and self._request is None and self._answered_from_cache(kind, body):
             return
         request = Request(method, path, self._headers, body, time.monotonic(), self._number)
         if engine.record:
             engine.requests.append(request)
         try:
             call, request.behaviour = self._understand(kind, body)
+            if engine.pace is not None:
+                request.behaviour = engine.pace(body, request.behaviour, request.received_at)
         except (msgspec.MsgspecError, BadBehaviour) as error:
             wrong = replies.json_response(400, replies.error(str(error), 400))
             self._play(request, iter((wrong, End.KEEP)))

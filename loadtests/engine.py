@@ -61,6 +61,8 @@ class FakeEngine:
         """LoRA adapters by name, each with its path; None for an engine that cannot load any. SGLang's endpoints."""
         self.adapter_delay_s = 0.0
         """How long loading or unloading one takes."""
+        self.pace: Callable[[bytes, Behaviour, float], Behaviour] | None = None
+        """Sets tokens and times of each request's behaviour from its body and the time it came (`loadtests.pacing`)."""
         self.uds = uds
         self.requests: list[Request] = []
         """Requests for a model's work, fully read; neither probes nor aborts."""

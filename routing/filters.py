@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from routing.adapters import NO_SLOT, obstacle
 from routing.types import InferenceRequest, Replica
 
 SOFT = frozenset({"cooling_down", "ejected", "half_open", "not_ready", "unresponsive", "stalled"})
@@ -12,13 +13,37 @@ SOFT = frozenset({"cooling_down", "ejected", "half_open", "not_ready", "unrespon
 An attempt costs less than a refusal that may no longer be true. All other reasons are facts.
 """
 
+TOO_LONG = "context_length"
+"""The prompt and the output that is asked for do not fit. The length may be an estimate: where they fit nowhere, the
+engine is left to say so."""
+
 
 def exclusion_reason(request: InferenceRequest, replica: Replica, now: float, tried: Sequence[Replica]) -> str | None:
     """The first rule that excludes the replica, as a low-cardinality word; None when none does."""
     if request.regions and replica.region not in request.regions:
         return "region"
-    if request.adapter is not None and (replica.adapters is None or request.adapter not in replica.adapters):
-        return "adapter"  # unknown is no: SGLang answers for adapters it does not have, from its base model
+    adapter = request.adapter
+    if adapter is not None and (replica.adapters is None or adapter not in replica.adapters):
+        reason = obstacle(adapter, replica, now)
+        if reason is not None:
+            return reason if reason != NO_SLOT else _behind_adapters(replica, now, tried)
     if replica in tried:
         return "already_tried"
-    return replica.unavailable_reason(now)
+    reason = replica.unavailable_reason(now)
+    if reason is None and not fits(request, replica):
+        return TOO_LONG
+    return reason
+
+
+def fits(request: InferenceRequest, replica: Replica) -> bool:
+    """Whether prompt and output fit into the replica's context, as far as both are known."""
+    most = replica.context_tokens
+    return most is None or request.prompt_tokens + (request.max_output_tokens or 0) <= most
+
+
+def _behind_adapters(replica: Replica, now: float, tried: Sequence[Replica]) -> str:
+    """Why a replica that has no slot for the adapter is excluded: what keeps it out even with one comes first."""
+    if replica in tried:
+        return "already_tried"
+    reason = replica.unavailable_reason(now)
+    return NO_SLOT if reason is None or (reason == "full" and not replica.at_limit) else reason

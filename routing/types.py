@@ -6,15 +6,20 @@ it must happen without an `await` in between; then no two requests can see the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from random import Random
 from typing import Protocol
 
+from routing.adapters import Shelf
 from routing.capacity import Meter
 from routing.credential import Credential
 from routing.health import Cooldown, Health
 from routing.load import Load
+from routing.prefix import Prefix
+from routing.speed import Speed
+from routing.work import Work
 
 
 @dataclass(slots=True)
@@ -34,7 +39,18 @@ class InferenceRequest:
     regions: tuple[str, ...] = ()
     """The only regions the request may be served in; empty means any."""
     adapter: str | None = None
-    """LoRA adapter that must be resident where the request goes."""
+    """LoRA adapter that must be in memory where the request goes, or be loaded there before."""
+    prompt_tokens: int = 0
+    """Length of the prompt, estimated unless a tokeniser counted it."""
+    prefix: Prefix | None = None
+    """None where nobody needs to know what is cached."""
+    session: str | None = None
+    """What the caller says belongs together (`prompt_cache_key`, a session header): a hint, never a lock. Namespaced by
+    tenant."""
+    priority: int = 1
+    """Priority class, 0 the first to be served (`gateway.store.places.Band`)."""
+    ms_per_usd: float = 0.0
+    """What a dollar is worth to this class of requests, in milliseconds; 0: price does not matter."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +86,32 @@ class Replica:
     """Data-parallel rank of the engine that this replica stands for; None leaves the choice to the engine."""
     epoch: str | None = None
     """Changes when the engine has restarted or changed its weights, so that its cache is empty."""
+    work: Work = field(default_factory=Work)
+    """What it has to do, all gateways together."""
+    speed: Speed = field(default_factory=Speed)
+    """How long things take there; learned."""
+    context_tokens: int | None = None
+    """Longest prompt and output together; None when it is not known."""
+    hosted: bool = False
+    input_usd_per_million: float = 0.0
+    cached_usd_per_million: float = 0.0
+    output_usd_per_million: float = 0.0
+    adapter_slots: int | None = None
+    """LoRA adapters that can be in memory at once; None when it is not known."""
+    loadable: frozenset[str] = frozenset()
+    """Adapters that could be loaded there when a request wants one."""
+    loading: frozenset[str] = frozenset()
+    """Those being loaded now."""
+    adapter_use: dict[str, int] = field(default_factory=dict)
+    """Requests in flight by adapter, this worker's own: an adapter that is in use is not unloaded."""
+    shelf: Shelf = field(default_factory=Shelf)
+    """When its adapters came and were last wanted."""
+    retired: bool = False
+    """It has left its pool for good: requests under way may still end there, and nothing is learned from them."""
+
+    def __deepcopy__(self, memo: object) -> Replica:
+        """Itself: there is one of each, and a copied policy (`routing.explain`) chooses among the same ones."""
+        return self
 
     @property
     def identity(self) -> str:
@@ -151,15 +193,66 @@ class Decision:
     reason: str
     """Why this replica, for the `x-tidegate-route-reason` header; low cardinality."""
     excluded: Sequence[Exclusion] = ()
+    cached_tokens: int = 0
+    """Prompt tokens that the replica is believed to hold."""
+    predicted_ttft_ms: float | None = None
+    """From dispatch to first token, as far as the policy predicts it."""
+
+
+@dataclass(slots=True)
+class View:
+    """What a policy may look at besides the request and the replicas; it leaves its reason here."""
+
+    now: float
+    """Seconds of the router's clock."""
+    rng: Random
+    matches: Mapping[Replica, int]
+    """Prompt tokens that each replica is believed to hold; one that is missing holds none."""
+    output_tokens: float
+    """Tokens that the answer is expected to have."""
+    session: Replica | None = None
+    """Where the last request of the same session went; a hint for what `matches` does not know."""
+    reason: str = ""
+    """Why the chosen one, low cardinality; the policy's name where it says nothing."""
+    predicted_ttft_ms: float | None = None
+
+
+class Chooser(Protocol):
+    """A policy proper: picks one of the candidates, all of which may be used. Synchronous, without I/O or clock.
+
+    Called once per decision that is acted on, so it may keep state; hard rules are not its business. To explain a
+    decision a deep copy of it is asked, or what its method `rehearsal()` returns, if it has one.
+    """
+
+    name: str
+    wants_prefix: bool
+    """Whether it looks at `View.matches`.
+
+    A policy may also have `weighs_adapters = True`: it counts what loading a LoRA adapter costs. For any other one,
+    requests go where their adapter is as long as a replica that has it may be used.
+    """
+
+    def __call__(self, request: InferenceRequest, candidates: Sequence[Replica], view: View) -> Replica: ...
 
 
 class Policy(Protocol):
-    """Chooses a replica. Synchronous, without I/O, and free of clocks: `now` is an argument.
+    """Chooses a replica, and is told what became of it. Synchronous, without I/O, and free of clocks: `now` is an
+    argument, in seconds of any one monotonic clock.
+
+    `decide` changes nothing. What was decided and done is told by the four events, in this order: `dispatched` when
+    the request is sent; `first_token` when its first content comes (a whole answer may leave that out); then either
+    `finished` or `failed`. A request that is tried again elsewhere begins anew with `dispatched`. Events about a
+    request that was never dispatched are ignored.
+
+    `wants_prefix` says whether requests need their `prefix`.
 
     `tried` holds replicas that already failed this request; a policy never returns one of them, nor one that is at its
     limit, draining or without a valid key. One that is at its ceiling only, or seems unwell, is returned when nothing
     else is left, in this order.
     """
+
+    @property
+    def wants_prefix(self) -> bool: ...
 
     def decide(
         self,
@@ -168,3 +261,34 @@ class Policy(Protocol):
         now: float,
         tried: Sequence[Replica] = (),
     ) -> Decision: ...
+
+    def fits(
+        self, request: InferenceRequest, replicas: Sequence[Replica], now: float, tried: Sequence[Replica] = ()
+    ) -> bool:
+        """Whether `decide` would find a replica now."""
+        ...
+
+    def dispatched(
+        self, request: InferenceRequest, replica: Replica, now: float, decision: Decision | None = None
+    ) -> None:
+        """`decision`: the one that is acted on, where it is at hand: it saves looking up what is cached once more."""
+        ...
+
+    def first_token(self, request: InferenceRequest, replica: Replica, now: float) -> None: ...
+
+    def finished(
+        self,
+        request: InferenceRequest,
+        replica: Replica,
+        now: float,
+        *,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        output_tokens: int | None = None,
+    ) -> None:
+        """The counts are the engine's own, None where it does not say."""
+        ...
+
+    def failed(self, request: InferenceRequest, replica: Replica, now: float, *, blamed: bool = True) -> None:
+        """No answer came, or not the whole of it. `blamed`: it was the replica's fault, and not the request's."""
+        ...

@@ -84,6 +84,7 @@ class OpenAI:
     reserved: frozenset[str] = frozenset()
     must_know_adapters = False
     adapters_by_path = False
+    loads_adapters = False
     strands_requests = False
 
     def head_fields(self, api_key: str | None) -> Sequence[tuple[str, str]]:

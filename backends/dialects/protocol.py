@@ -220,6 +220,8 @@ class Dialect(Protocol):
     """Requests have to name every adapter that it holds, those for the base model too."""
     adapters_by_path: bool
     """It lists no adapters, and takes one with each request, by a path that it can read."""
+    loads_adapters: bool
+    """It can be told to load and unload adapters while it serves, if it was started so that it may."""
     strands_requests: bool
     """After SIGTERM it keeps connections open without ever answering: what has no content yet is better moved."""
 

@@ -57,10 +57,11 @@ class SGLang(OpenAI):
 
     name = "sglang"
     priority = Priority.HIGHER_FIRST
-    # From entrypoints/openai/protocol.py of 0.5.23. `rid` is not here because `prepare` overwrites it.
+    loads_adapters = True
+    # From entrypoints/openai/protocol.py of 0.5.23. `rid` is not here because `prepare` overwrites it, and `lora_path`
+    # because the gateway reads it as an adapter's name and passes it on to nobody.
     reserved = frozenset(
         {
-            "lora_path",  # chooses an adapter past the gateway's check of names
             "bootstrap_host",  # disaggregation: the server to fetch the KV cache from
             "bootstrap_port",  # its port
             "bootstrap_room",  # the transfer on it, anybody's

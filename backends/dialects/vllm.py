@@ -60,6 +60,7 @@ class VLLM(OpenAI):
 
     name = "vllm"
     priority = Priority.LOWER_FIRST
+    loads_adapters = True
     strands_requests = True  # after SIGTERM 0.32.0 has been seen to cut its streams, and to leave them open for good
     # From entrypoints/openai/*/protocol.py of 0.32.0.
     reserved = frozenset(

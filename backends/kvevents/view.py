@@ -1,4 +1,5 @@
-"""What a replica's KV cache holds, as far as its events tell: sizes for the admin page, no index for routing.
+"""What a replica's KV cache holds, as far as its events tell: sizes for the admin page, and for routing to check its
+beliefs against; no index.
 
 Bounded: beyond `max_blocks` on a rank further blocks are not followed, and the figures are lower bounds.
 
@@ -55,38 +56,50 @@ class RankView:
         self.reason = str(Doubt.CONNECTING)
         self._max_blocks = max_blocks
         self._total = 0
-        self._truncated = False
+        self.truncated = False
         self._spaces: dict[tuple[str, int | None], dict[BlockHash, int]] = {}
+        self._tokens: dict[tuple[str, int | None], int] = {}
+        """Of each space, so that nobody has to walk over its blocks."""
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that it holds: of its media and groups the one with most, since others hold the same once more."""
+        return max(self._tokens.values(), default=0)
 
     def stored(self, event: BlockStored) -> None:
         key = (event.medium or DEFAULT_MEDIUM, event.group)
         space = self._spaces.get(key)
         if space is None:
             if len(self._spaces) >= MAX_SPACES:
-                self._truncated = True
+                self.truncated = True
                 return
             space = self._spaces[key] = {}
         for block in event.block_hashes:
             if block not in space:
                 if self._total >= self._max_blocks:
-                    self._truncated = True
+                    self.truncated = True
                     return
                 self._total += 1
+            self._tokens[key] = self._tokens.get(key, 0) + event.block_size - space.get(block, 0)
             space[block] = event.block_size
 
     def removed(self, event: BlockRemoved) -> None:
         key = (event.medium or DEFAULT_MEDIUM, event.group)
         space = self._spaces.get(key, {})
         for block in event.block_hashes:
-            if space.pop(block, None) is not None:
+            size = space.pop(block, None)
+            if size is not None:
                 self._total -= 1
+                self._tokens[key] -= size
         if not space:
             self._spaces.pop(key, None)
+            self._tokens.pop(key, None)
 
     def cleared(self) -> None:
         self._spaces.clear()
+        self._tokens.clear()
         self._total = 0
-        self._truncated = False
+        self.truncated = False
 
     def trust(self, trusted: bool, reason: str) -> None:
         self.trusted = trusted
@@ -99,7 +112,7 @@ class RankView:
         for (medium, _), space in self._spaces.items():
             blocks[medium] = blocks.get(medium, 0) + len(space)
             tokens[medium] = tokens.get(medium, 0) + sum(space.values())
-        return RankSummary(self.trusted, self.reason, blocks, tokens, self._truncated, stream)
+        return RankSummary(self.trusted, self.reason, blocks, tokens, self.truncated, stream)
 
 
 class KvView:
@@ -114,6 +127,27 @@ class KvView:
         """The sink of a data-parallel rank, made when it is first asked for."""
         return self._ranks.setdefault(number, RankView(self._max_blocks))
 
+    @property
+    def trusted(self) -> bool:
+        """Every rank is; False without ranks."""
+        return bool(self._ranks) and all(rank.trusted for rank in self._ranks.values())
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that all ranks hold together."""
+        return sum(rank.held_tokens for rank in self._ranks.values())
+
+    @property
+    def truncated(self) -> bool:
+        """Some rank holds more than is followed."""
+        return any(rank.truncated for rank in self._ranks.values())
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why ranks are not trusted, each reason once; nothing of those that were not heard yet."""
+        reasons = {rank.reason for rank in self._ranks.values() if not rank.trusted}
+        return sorted(reasons - {str(Doubt.CONNECTING)})
+
     def summary(self, streams: Mapping[int, StreamReport] | None = None) -> Summary:
         """All ranks now; `streams`: what their subscribers report."""
         reports = streams or {}
@@ -125,4 +159,4 @@ class KvView:
                 blocks[medium] = blocks.get(medium, 0) + count
             for medium, count in rank.tokens.items():
                 tokens[medium] = tokens.get(medium, 0) + count
-        return Summary(bool(ranks) and all(rank.trusted for rank in ranks.values()), blocks, tokens, ranks)
+        return Summary(self.trusted, blocks, tokens, ranks)

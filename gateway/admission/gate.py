@@ -25,7 +25,7 @@ from gateway.admission.rooms import Rooms
 from gateway.admission.settlement import Settlement, settlement
 from gateway.admission.spend import SpendKeeper
 from gateway.admission.visit import Visit
-from gateway.admission.waits import longest_wait_s
+from gateway.admission.waits import ToldWaits, longest_wait_s
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.keys.directory import Directory
@@ -71,6 +71,7 @@ class Gate:
         self.spend = spend
         self.metrics = metrics
         self.rooms = Rooms(queues=queues, shared=home.far is not None)
+        self.told = ToldWaits()
         self.visits: dict[str, Visit] = {}
         """Everybody inside or waiting, by request id."""
         self.waiting = 0
@@ -209,7 +210,10 @@ class Gate:
                     )
                 raise error
         entry = visit.entry
-        if entry is None or visit.granted:
+        if entry is None:
+            return
+        self.told.note(visit.pool, visit.order.band, 0.0 if visit.granted else entry.wait_us / 1e6, now)
+        if visit.granted:
             return
         exchange.queue_position = entry.position
         exchange.predicted_wait_s = entry.wait_us / 1e6
@@ -353,7 +357,7 @@ class Gate:
                 visit.order.route.model, exchange.key_id, visit.estimate.chars, usage, visit.order.expected_choices
             )
             self.estimator.learn_stream(visit.order.route.model, exchange.content_bytes, usage.completion_tokens)
-        if exchange.ttft_s is not None:
+        if exchange.ttft_s is not None and not exchange.spill:
             self.metrics.answered(visit.order.route.model, exchange.ttft_s - exchange.queue_s)
         self.metrics.estimated += exchange.usage_estimated
         if settled.used.micros:

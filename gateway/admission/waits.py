@@ -1,9 +1,10 @@
-"""How long a request may stand in line."""
+"""How long a request may stand in line, and how long the next one would."""
 
 from __future__ import annotations
 
 from gateway.config.limits import Queue
 from gateway.order import Order
+from gateway.store.places import Band
 
 SHARE_OF_DEADLINE = 0.25
 """What is waited for of the time there is; the rest is for the answer."""
@@ -25,3 +26,21 @@ def longest_wait_s(order: Order, queue: Queue, ttft_s: float, spent_s: float) ->
     if order.flexible:
         return left_s
     return min(left_s, max(0.0, deadline_s * SHARE_OF_DEADLINE - spent_s), queue.max_wait_s)
+
+
+class ToldWaits:
+    """What the lines have said last of how long a request would wait, by pool and class. One worker's."""
+
+    __slots__ = ("_told",)
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[str, Band], tuple[float, float]] = {}
+
+    def note(self, pool: str, band: Band, wait_s: float, now: float) -> None:
+        """A request was told this wait when it came; 0 when it had its place at once. `now`: monotonic seconds."""
+        self._told[pool, band] = (wait_s, now)
+
+    def expected_s(self, pool: str, band: Band, now: float) -> float:
+        """What the next one would be told, if nobody has come since: a line gets shorter by a second a second."""
+        told = self._told.get((pool, band))
+        return 0.0 if told is None else max(0.0, told[0] - (now - told[1]))

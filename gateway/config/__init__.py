@@ -15,10 +15,12 @@ from gateway.config.load import (
     require_shared_store,
     restart_only_changes,
 )
+from gateway.config.prices import ExchangeRates, Price
 from gateway.config.problems import ConfigError, Problem
 from gateway.config.replicas import Health, KvEvents, Replica
 from gateway.config.schema import RESTART_ONLY, Admin, Server, Settings, Shutdown, Stream, UsageLog
-from gateway.config.upstreams import Backend, Connections, Model, ModelTimeouts, Price, Timeouts
+from gateway.config.spill import Spill
+from gateway.config.upstreams import Backend, Connections, Model, ModelTimeouts, Timeouts
 
 __all__ = [
     "DEFAULT_TENANT",
@@ -27,6 +29,7 @@ __all__ = [
     "Backend",
     "ConfigError",
     "Connections",
+    "ExchangeRates",
     "Health",
     "KvEvents",
     "LimitBlock",
@@ -39,6 +42,7 @@ __all__ = [
     "Server",
     "Settings",
     "Shutdown",
+    "Spill",
     "StaticKey",
     "Stream",
     "Tenant",

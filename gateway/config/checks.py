@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from pydantic_core import PydanticCustomError
 
 from gateway.config.problems import Finding, Path, did_you_mean, looks_secret, show_path, shown
+from gateway.config.routing_checks import check_routing
 from gateway.config.schema import Admin, Server
 from gateway.config.urls import normal_url
 from gateway.config.values import checked_host, is_loopback
@@ -32,6 +33,7 @@ def cross_check(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _model_backends(data)
     yield from _replicas(data)
     yield from _adapters(data)
+    yield from check_routing(data)
 
 
 def literal_secrets(data: Any, path: Path = ()) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from gateway.config.prices import Price
 from gateway.config.problems import shown, wrong
 from gateway.config.urls import parse_address
 from gateway.config.values import (
@@ -197,6 +198,12 @@ class Replica(Section):
         gt=0,
         le=1000,
         description="Share of the load relative to the other replicas. One: all the same.",
+    )
+    price: Price | None = Field(
+        default=None,
+        description="What its tokens cost, where that differs within the pool: the policy `cost` weighs it against "
+        "time (models.<name>.ms_per_usd). Null: nothing. What is recorded and budgeted goes by the model's price.",
+        examples=[{"input": 0.3, "output": 1.2}],
     )
     max_in_flight: Whole | None = Field(
         default=None,

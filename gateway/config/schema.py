@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -21,6 +21,7 @@ from gateway.config.values import (
     ModelName,
     Name,
     Number,
+    Region,
     Section,
     SocketPath,
     Store,
@@ -245,6 +246,17 @@ class Settings(BaseSettings):
         default=DefaultLimits(), description="Limits of every key, tenant and user that has none of its own."
     )
     usage_log: UsageLog = Field(default=UsageLog(), description="The record of exchanges.")
+    region: Region | None = Field(
+        default=None,
+        description="Where this gateway runs. Null: not said, so that only measured round trips count.",
+        examples=["eu-west"],
+    )
+    latency_ms: Mapping[Region, Mapping[Region, Annotated[Number, Field(ge=0, le=10_000)]]] = Field(
+        default={},
+        description="Milliseconds of a round trip between regions; what is given one way holds both ways. A start "
+        "value that measured round trips refine: 100 for pairs left out, 0 within a region.",
+        examples=[{"eu-west": {"us-east": 80}}],
+    )
     stream: Stream = Field(default=Stream(), description="How streams are relayed.")
     models: Mapping[ModelName, Model] = Field(default={}, description="The models that clients may ask for, by name.")
     backends: Mapping[Name, Backend] = Field(default={}, description="The pools of replicas, by name.")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from gateway.config.limits import LimitBlock, Queue
+from gateway.config.prices import ExchangeRates, Price
 from gateway.config.replicas import AdapterFile, Engine, HeaderName, HeaderValue, Health, KeyHeader, Replica
 from gateway.config.secrets import Secret
+from gateway.config.spill import Spill
 from gateway.config.values import (
     DAY_S,
     HOUR_S,
@@ -59,26 +61,6 @@ class ModelTimeouts(Section):
     total_s: _Total | None = Field(default=None, description=f"{_TOTAL} Null: the backend's value.")
 
 
-_Usd = Annotated[Number, Field(ge=0, le=100_000)]
-
-
-class Price(Section):
-    """What a model's tokens cost, in US dollars per million tokens."""
-
-    input: _Usd = Field(default=0.0, description="US dollars per million prompt tokens. Zero: your own hardware.")
-    cached_input: _Usd = Field(
-        default_factory=lambda validated: validated.get("input", 0.0),
-        description="US dollars per million prompt tokens that the engine had in its cache. "
-        "Left out: the same as `input`, so that costs are never understated.",
-    )
-    cache_write: _Usd = Field(
-        default_factory=lambda validated: validated.get("input", 0.0),
-        description="US dollars per million prompt tokens written to a cache that charges for it (Anthropic). "
-        "Left out: the same as `input`.",
-    )
-    output: _Usd = Field(default=0.0, description="US dollars per million generated tokens. Zero: your own hardware.")
-
-
 class Model(Section):
     """A name that clients may ask for, and where its requests go."""
 
@@ -105,6 +87,21 @@ class Model(Section):
     price: Price | None = Field(
         default=None, description="Price of the model's tokens. Null: unknown, so that no cost is recorded."
     )
+    policy: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+        default="cost",
+        description="How a replica is chosen: a policy's name, or `package.module:attribute` for one of your own. "
+        "cost: the replica where the request is predicted to take the fewest milliseconds.",
+        examples=["least_outstanding"],
+    )
+    ms_per_usd: ExchangeRates = Field(
+        default=ExchangeRates(),
+        description="What a dollar is worth in time, where replicas of the pool have different prices.",
+    )
+    spill: Spill | None = Field(
+        default=None,
+        description="Where its requests go when the model's own replicas would keep them waiting for too long. Null: "
+        "nowhere.",
+    )
     limits: LimitBlock = Field(default=LimitBlock(), description="The model as a whole, all tenants together.")
     tenant_limits: LimitBlock = Field(default=LimitBlock(), description="Each tenant's use of this model.")
     tokenizer: FilePath | None = Field(
@@ -112,6 +109,19 @@ class Model(Section):
         description="Path of the model's tokenizer.json, to count prompts exactly; needs the extra `tokenizer`. Null: "
         "prompts are estimated from their length by what the model's own counts have shown, which costs far less.",
         examples=["/models/chat/tokenizer.json"],
+    )
+    chat_template: FilePath | None = Field(
+        default=None,
+        description="Path of the model's chat template (Jinja): with `tokenizer`, prompts are recognised by their "
+        "tokens instead of their text. Null: chat_template.jinja or tokenizer_config.json beside the tokenizer; where "
+        "there is neither, text is compared.",
+        examples=["/models/chat/chat_template.jinja"],
+    )
+    isolate_tenants: Switch = Field(
+        default=False,
+        description="Whether no tenant's cached prompts count for another's. False: whoever sends the same prompt may "
+        "share what is cached; true where the engines keep tenants apart themselves, or where nobody should learn from "
+        "the speed of an answer what others have asked.",
     )
 
 
@@ -165,9 +175,24 @@ class Backend(Section):
     adapters: tuple[AdapterFile, ...] = Field(
         default=(),
         max_length=1000,
-        description="LoRA adapters that the gateway has every replica load, where the engine can be told to. Adapters "
+        description="LoRA adapters that the gateway has replicas load, where the engine can be told to. Adapters "
         "that the engines load by themselves need no entry.",
         examples=[[{"name": "support-v3", "path": "/adapters/support-v3"}]],
+    )
+    adapters_load: Literal["auto", "always", "on_demand"] = Field(
+        default="auto",
+        description="When they are loaded. always: at every replica from its start, and never dropped. on_demand: "
+        "where a request is sent that wants one, in place of the one unused for longest. auto: from the start at "
+        "replicas with slots for all of them, which costs no request any time; on demand at the others.",
+        examples=["on_demand"],
+    )
+    adapter_slots: Whole | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="Adapters that a replica holds at once. Null: as many as its engine says; engines that do not say "
+        "are taken to have room for all.",
+        examples=[8],
     )
     health: Health = Field(default=Health(), description="When a replica counts as well, and when it is left alone.")
     replicas: tuple[Replica, ...] = Field(

@@ -136,6 +136,19 @@ class Directory:
         """The key of the database with this id."""
         return self._recorded.get(id)
 
+    def principal(self, key_id: str, now_unix_s: float) -> Principal | None:
+        """Who sends requests with the key of this id, one of the configuration or of the database. None where there is
+        none that is valid at `now_unix_s`. Looks through all keys."""
+        for entry in self._entries.values():
+            if entry.principal.key_id == key_id:
+                valid = entry.until_unix_s > now_unix_s and not entry.holder.merged.disabled
+                return Principal(entry.principal.key, entry.holder.merged) if valid else None
+        return None
+
+    def knows_tenant(self, name: str) -> bool:
+        """Whether a key, the configuration or the database names this tenant."""
+        return name in self._holders
+
     def mark(self, freshness: Freshness) -> None:
         """Say how far what is known can be trusted from now on."""
         self.freshness = freshness

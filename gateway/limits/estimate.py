@@ -185,6 +185,13 @@ class Estimator:
                 _trim(self._bytes, _MAX_MODELS)
             ratio.add(content_bytes, tokens)
 
+    def expected_output(self, model: str, key_id: str, max_tokens: int | None, choices: int) -> int:
+        """Tokens that all the answers together are likely to have."""
+        output = self._output(model, key_id)
+        if max_tokens is not None and 0 <= max_tokens < output:
+            output = max_tokens
+        return min(output * choices, MAX_TOKENS)
+
     def relayed(self, model: str, events: int, content_bytes: int) -> int:
         """Tokens that were relayed when nobody has counted them: by the bytes of their text, one an event at least."""
         ratio = self._bytes.get(model)

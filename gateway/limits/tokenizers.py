@@ -35,8 +35,11 @@ def _load(path: str) -> CountTokens:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(path)
+    tokenizer.no_truncation()  # as many files as come from training ask for
+    tokenizer.no_padding()
 
     def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
+        # Not `encode`: it holds the interpreter's lock to its end, so that no thread would help (`gateway.templates`).
+        return len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
 
     return count

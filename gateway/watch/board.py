@@ -8,19 +8,27 @@ from typing import TypeVar
 
 import msgspec
 
-from backends.dialects.protocol import Readiness
+from backends.dialects.protocol import EngineLoad, Readiness
 from backends.side import Trouble
 from backends.signals import ADAPTERS as ADAPTERS_SIGNAL
 from backends.signals import LOAD as LOAD_SIGNAL
 from backends.upstream import Upstream
+from gateway.fleet import Pool
 from gateway.runtime import Runtime
 from gateway.store.protocol import Fact
 from gateway.watch import notes
 from routing.health import Change, heed_ejection
 from routing.load import Load
+from routing.router import PoolState
 from routing.types import Replica
+from routing.work import NOTHING, Totals
 
 logger = logging.getLogger(__name__)
+
+FOREIGN = "foreign"
+"""The peer that stands for clients which do not come through these gateways; no worker is called that."""
+LEAST_FOREIGN = 2
+"""Requests beyond our own count that are taken for somebody's: one is within the error of counting at two places."""
 
 T = TypeVar("T")
 
@@ -49,36 +57,42 @@ class Board:
             return
         replica = pool.by_identity.get(identity)
         if replica is not None:
-            self._apply(kind, observer, replica, pool.upstreams[replica], pool.replicas, fact.value, old)
+            self._apply(kind, observer, replica, pool, fact.value, old)
 
     def _apply(
         self,
         kind: str,
         observer: str,
         replica: Replica,
-        upstream: Upstream,
-        pool: tuple[Replica, ...],
+        pool: Pool,
         value: bytes | None,
         old: bool,
     ) -> None:
         now = time.monotonic()
+        upstream = pool.upstreams[replica]
         if kind == notes.DRAIN:
             self._drain(replica, value is not None)
         elif value is None:
             if kind == notes.LOAD:
                 replica.load = None
+                replica.work.peer(FOREIGN, None, now)
+            elif kind == notes.LOADING:
+                replica.loading = frozenset()
         elif kind == notes.PROBE:
             self._probe(replica, upstream, _read(value, notes.ProbeNote), old, now)
         elif kind == notes.LOAD:
-            _load(replica, upstream, _read(value, notes.LoadNote), now)
+            _load(replica, upstream, pool.routing, _read(value, notes.LoadNote), now)
         elif kind == notes.INFO:
-            _info(replica, upstream, _read(value, notes.InfoNote))
+            _info(replica, upstream, pool.routing, _read(value, notes.InfoNote), now)
         elif kind == notes.ADAPTERS:
             _adapters(upstream, _read(value, notes.AdaptersNote))
+        elif kind == notes.LOADING:
+            loading = _read(value, notes.LoadingNote)
+            replica.loading = frozenset() if loading is None else frozenset(loading.adapters)
         elif kind == notes.EJECTED and observer != self._holder:
             note = _read(value, notes.EjectionNote)
             if note is not None:
-                change = heed_ejection(replica, pool, observer, now + note.until_unix_s - time.time(), now)
+                change = heed_ejection(replica, pool.replicas, observer, now + note.until_unix_s - time.time(), now)
                 if change is not None:
                     # Not told further: others would take one observation for two.
                     self._runtime.witness.changed(replica, change, "other workers have ejected it", told=True)
@@ -118,7 +132,7 @@ class Board:
             logger.info("replica %s %s", replica.name, text)
 
 
-def _load(replica: Replica, upstream: Upstream, note: notes.LoadNote | None, now: float) -> None:
+def _load(replica: Replica, upstream: Upstream, routing: PoolState, note: notes.LoadNote | None, now: float) -> None:
     if note is None:
         return
     load = note.load
@@ -139,30 +153,67 @@ def _load(replica: Replica, upstream: Upstream, note: notes.LoadNote | None, now
         adapter_slots=load.adapter_slots,
         adapter_slots_used=load.adapter_slots_used,
     )
+    if upstream.adapter_slots is None and load.adapter_slots is not None:
+        replica.adapter_slots = load.adapter_slots
+    _note_foreign(replica, load, previous, now)
     replica.meter.observe(load.running, load.waiting)
-    _state_capacity(replica, upstream)
+    _state_capacity(replica, upstream, routing)
     upstream.signals.has(LOAD_SIGNAL)
     upstream.counts_work = load.prefill_tokens_total is not None or load.generated_tokens_total is not None
     upstream.check_progress(note.progressed, now)
 
 
-def _info(replica: Replica, upstream: Upstream, note: notes.InfoNote | None) -> None:
+def _note_foreign(replica: Replica, load: EngineLoad, previous: Load | None, now: float) -> None:
+    """Count what others than these gateways have the engine do, as if it were a peer's.
+
+    What is beyond our own count in two reports in a row: what has just been sent or has just ended is counted by one
+    side and not yet by the other.
+    """
+    work = replica.work
+    foreign = dict(work.peers).get(FOREIGN, NOTHING)
+    if load.running is None:  # it no longer says
+        work.peer(FOREIGN, None, now)
+        return
+    if previous is None or previous.running is None:
+        return
+    ours = work.running + work.queued - foreign.running - foreign.queued
+    both = [(load.running, load.waiting or 0), (previous.running, previous.waiting or 0)]
+    extra = min(running + waiting for running, waiting in both) - ours
+    if extra < LEAST_FOREIGN:
+        if foreign != NOTHING:
+            work.peer(FOREIGN, None, now)
+        return
+    waiting = min(extra, min(waiting for _, waiting in both))
+    tokens = 0
+    if load.waiting_uncached_tokens is not None and waiting:
+        tokens = max(0, load.waiting_uncached_tokens - (work.queued_tokens - foreign.queued_tokens))
+    held = 0
+    if load.kv_used_tokens is not None:
+        held = max(0, load.kv_used_tokens - (work.running_tokens - foreign.running_tokens))
+    work.peer(FOREIGN, Totals(waiting, tokens, extra - waiting, held), now)
+
+
+def _info(replica: Replica, upstream: Upstream, routing: PoolState, note: notes.InfoNote | None, now: float) -> None:
     if note is None:
         return
-    if replica.epoch is not None and replica.epoch != note.epoch:
+    anew = replica.epoch is not None and replica.epoch != note.epoch
+    if anew:
         logger.info("replica %s has begun anew: its cache is empty", replica.name)
-        replica.adapters = None
-        upstream.adapters = ()
+        upstream.begin_anew()
         replica.load = None  # of the life before
+        replica.work.peer(FOREIGN, None, now)
         replica.meter.begin_anew()
     replica.epoch = note.epoch
+    if anew:
+        routing.begin_anew(replica)
     upstream.info = note.info
-    _state_capacity(replica, upstream)
+    replica.context_tokens = note.info.context_tokens
+    _state_capacity(replica, upstream, routing)
     for signal, reason in note.info.lacks:
         upstream.signals.lacks(signal, reason)
 
 
-def _state_capacity(replica: Replica, upstream: Upstream) -> None:
+def _state_capacity(replica: Replica, upstream: Upstream, routing: PoolState) -> None:
     """Pass on what the engine says of its size: in its last report, which is about this rank, else of itself."""
     load, info = replica.load, upstream.info
     requests = None if load is None else load.max_running
@@ -172,7 +223,10 @@ def _state_capacity(replica: Replica, upstream: Upstream) -> None:
         part = info.dp_size if replica.dp_rank is not None else 1
         requests = _per_rank(info.max_running, part) if requests is None else requests
         tokens = _per_rank(info.kv_capacity_tokens, part) if tokens is None else tokens
+    before = replica.meter.capacity.tokens
     replica.meter.state(requests, tokens)
+    if replica.meter.capacity.tokens != before:
+        routing.resize(replica)
 
 
 def _per_rank(count: int | None, ranks: int) -> int | None:

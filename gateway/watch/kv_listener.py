@@ -14,11 +14,14 @@ import zmq
 
 from backends.dialects.protocol import KvEventsEndpoint
 from backends.kvevents.endpoint import EndpointRefused
+from backends.kvevents.stream import KvSink
 from backends.kvevents.subscriber import KvSubscriber, Socket
 from backends.kvevents.view import KvView, Summary
 from backends.signals import KV_EVENTS
 from backends.upstream import Upstream
 from gateway.config import KvEvents
+from gateway.watch.kv_index import KvBridge, Seeds, Sinks
+from routing.router import PoolState
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +35,24 @@ MAX_RANKS = 256
 class KvListener:
     """The streams of all data-parallel ranks of a replica, and what they tell."""
 
-    def __init__(self, upstream: Upstream, settings: KvEvents, context: zmq.Context[Socket]) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        settings: KvEvents,
+        context: zmq.Context[Socket],
+        routing: PoolState | None = None,
+        seeds: Seeds | None = None,
+    ) -> None:
+        """`routing`: whose index is corrected by what the streams tell; None: they are only shown. `seeds`: see
+        `KvBridge`."""
         self._upstream = upstream
+        self._routing = routing
+        self._seeds = seeds
         self.settings = settings
         self._context = context
         self._view = KvView()
         self._subscribers: dict[int, KvSubscriber] = {}
+        self._listening = False
 
     def summary(self) -> Summary:
         """What the replica's cache holds, as far as it was told."""
@@ -65,15 +80,20 @@ class KvListener:
         seen = self._breaks()
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(each.run()) for each in self._subscribers.values()]
-            while self._endpoint() in (endpoint, None):
-                await asyncio.sleep(_ASK_AGAIN_S)
-                if self._upstream.replica.epoch not in (epoch, None):
-                    # A stream that broke off since has found out by itself, and may know the new life from its start.
-                    now = self._breaks()
-                    for rank, each in self._subscribers.items():
-                        if epoch is not None and now[rank] == seen[rank]:
-                            each.engine_restarted()
-                    epoch, seen = self._upstream.replica.epoch, now
+            self._listening = True
+            try:
+                while self._endpoint() in (endpoint, None):
+                    await asyncio.sleep(_ASK_AGAIN_S)
+                    if self._upstream.replica.epoch not in (epoch, None):
+                        # A stream that broke off since has found out by itself, and may know the new life from its
+                        # start.
+                        now = self._breaks()
+                        for rank, each in self._subscribers.items():
+                            if epoch is not None and now[rank] == seen[rank]:
+                                each.engine_restarted()
+                        epoch, seen = self._upstream.replica.epoch, now
+            finally:
+                self._listening = False  # that the streams end now is nobody's fault
             for task in running:
                 task.cancel()
 
@@ -106,10 +126,29 @@ class KvListener:
             rank: KvSubscriber(
                 endpoint,
                 host=side.host,
-                sink=self._view.rank(rank),
+                sink=self._sink(rank),
                 context=self._context,
                 rank=rank,
                 configured=self.settings.endpoint != AUTO,
             )
             for rank in ranks
         }
+
+    def _sink(self, rank: int) -> KvSink:
+        view = self._view.rank(rank)
+        if self._routing is None:
+            return view
+        replica = self._upstream.replica
+        return Sinks(
+            view, KvBridge(self._routing, replica, self._view, rank, seeds=self._seeds, on_trust=self._say_doubts)
+        )
+
+    def _say_doubts(self) -> None:
+        """Say it once when the streams can't be relied upon, and again only after they could be."""
+        doubts = self._view.doubts
+        if doubts and self._listening:
+            reasons = ", ".join(doubts).replace("_", " ")
+            text = f"not all of them are known ({reasons}); what it has dropped is learned from its answers instead"
+            self._upstream.signals.lacks(KV_EVENTS, text)
+        elif self._view.trusted:
+            self._upstream.signals.has(KV_EVENTS)

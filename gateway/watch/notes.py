@@ -15,6 +15,7 @@ PROBE = "probe"
 LOAD = "load"
 INFO = "info"
 ADAPTERS = "adapters"
+LOADING = "loading"
 DRAIN = "drain"
 EJECTED = "ejected"
 RECOVERED = "recovered"
@@ -45,6 +46,12 @@ class InfoNote(msgspec.Struct, frozen=True):
 
 class AdaptersNote(msgspec.Struct, frozen=True):
     adapters: tuple[Adapter, ...]
+
+
+class LoadingNote(msgspec.Struct, frozen=True):
+    """What a replica is being told to load by one of the workers."""
+
+    adapters: tuple[str, ...]
 
 
 class DrainNote(msgspec.Struct, frozen=True):

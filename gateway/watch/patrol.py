@@ -26,6 +26,7 @@ from backends.upstream import Upstream
 from gateway.config import Backend
 from gateway.store.protocol import MAX_VALUE_BYTES, Store, StoreError
 from gateway.watch import notes
+from routing.adapters import room
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ class Patrol:
         self._upstream = upstream
         self._health = backend.health
         self._wanted = {each.name: each.path for each in backend.adapters}
+        self._adapters_load = backend.adapters_load
+        self._adapter_slots: int | None = None
+        """As many as the engine last said."""
         self._model = upstream.model or model
         self._store = store
         self._holder = holder
@@ -195,6 +199,7 @@ class Patrol:
             logger.debug("load of %s: %s", upstream.replica.name, error)
             return
         last, self._last_load = self._last_load, load
+        self._adapter_slots = load.adapter_slots or self._adapter_slots
         load = replace(load, resident_adapters=None)  # asked for by itself, and may be long
         note = notes.LoadNote(load, prefill_speed(last, load), has_progressed(last, load))
         await self._post(notes.LOAD, note, 5 * self._health.load_interval_s + self._health.timeout_s)
@@ -247,12 +252,15 @@ class Patrol:
         except SideChannelError as error:
             logger.debug("adapters of %s: %s", upstream.replica.name, error)
             return
+        adapters = tuple(each for each in adapters if each.name not in upstream.dropping)
         if len(adapters) > MANY_ADAPTERS:
             adapters = tuple(replace(each, path=None) for each in adapters)
         await self._post(notes.ADAPTERS, notes.AdaptersNote(adapters), LONGEST_FACT_S)
 
     async def _load_wanted(self, adapters: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
-        """Have the configured adapters loaded that are not, once in each life of the engine."""
+        """Have the configured adapters loaded that are not, once in each life of the engine; see `_loads_all`."""
+        if not self._loads_all(adapters):
+            return adapters
         there = {each.name for each in adapters if each.resident}
         self._asked_for |= there
         missing = [name for name in self._wanted if name not in there and name not in self._asked_for]
@@ -268,6 +276,14 @@ class Patrol:
             except AdapterRefused as error:
                 logger.warning("replica %s does not load the adapter %s: %s", upstream.replica.name, name, error)
         return await upstream.dialect.adapters(upstream.side) if missing else adapters
+
+    def _loads_all(self, adapters: tuple[Adapter, ...]) -> bool:
+        """Whether the engine is to have all configured adapters from its start."""
+        if self._adapters_load != "auto":
+            return self._adapters_load == "always"
+        slots = self._upstream.adapter_slots or self._adapter_slots
+        others = sum(each.resident and each.name not in self._wanted for each in adapters)
+        return slots is None or len(self._wanted) <= room(slots, others)
 
 
 def prefill_speed(before: EngineLoad | None, now: EngineLoad) -> float | None:

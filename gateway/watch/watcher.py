@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import time
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,7 @@ class Watcher:
                     continue
                 if before is not None:
                     before[1].cancel()
-                listener = self._listener(upstream, settings)
+                listener = self._listener(upstream, settings, pool)
                 task = asyncio.create_task(listener.run(), name=f"kv events {upstream.replica.name}")
                 listeners[upstream] = (listener, task)
         for _, task in self._listeners.values():
@@ -118,14 +119,26 @@ class Watcher:
         self._listeners = listeners
         self._runtime.kv_listeners = {upstream.replica: listener for upstream, (listener, _) in listeners.items()}
 
-    def _listener(self, upstream: Upstream, settings: KvEvents) -> KvListener:
+    def _listener(self, upstream: Upstream, settings: KvEvents, pool: Pool) -> KvListener:
         import zmq
 
         from gateway.watch.kv_listener import KvListener
 
         if self._zmq is None:
             self._zmq = zmq.Context()
-        return KvListener(upstream, settings, self._zmq)
+        models = self._runtime.settings.models.values()
+        exact = any(model.tokenizer is not None and model.backend == pool.name for model in models)
+        seeds = partial(self._event_seed, pool.name) if exact else None
+        return KvListener(upstream, settings, self._zmq, pool.routing, seeds)
+
+    def _event_seed(self, pool: str, adapter: str | None, cache_salt: str | None) -> int | None:
+        """The seed of prompts over tokens that are cached by the replicas of a pool."""
+        for route in self._runtime.fleet.models.values():
+            if route.pool.name == pool and route.adapter is None:
+                seed = route.reader.event_seed(adapter, cache_salt)
+                if seed is not None:
+                    return seed
+        return None
 
     async def aclose(self) -> None:
         self._runtime.witness.on_change = None

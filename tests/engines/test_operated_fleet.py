@@ -36,11 +36,16 @@ ORDERS = f"/admin/adapters/pool/{LATER}"
 
 async def unload_later(fleet: dict[str, Replica]) -> None:
     """Have the engines as they were, whatever the test did."""
-    paths = {"sglang": "/unload_lora_adapter", "vllm": "/v1/unload_lora_adapter"}
     for replica in fleet.values():
-        if replica.kind.engine in paths:
-            async with native.client_of(replica) as client:
-                await client.post(paths[replica.kind.engine], json={"lora_name": LATER})
+        await unload(replica, LATER)
+
+
+async def unload(replica: Replica, *names: str) -> None:
+    paths = {"sglang": "/unload_lora_adapter", "vllm": "/v1/unload_lora_adapter"}
+    if replica.kind.engine in paths:
+        async with native.client_of(replica) as client:
+            for name in names:
+                await client.post(paths[replica.kind.engine], json={"lora_name": name})
 
 
 @pytest.mark.parametrize("how", ["configured", "ordered"])
@@ -85,6 +90,32 @@ async def test_adapters_are_loaded_under_load(mixed_fleet: dict[str, Replica], t
     assert {each.replica for each in adapted} == set(mixed_fleet)
     wrong = {(each.replica, each.model, each.text) for each in (*ended, *adapted) if each.text != expected[each.model]}
     assert wrong == set()
+
+
+@pytest.mark.parametrize("name", ["sglang-1", "vllm"])
+async def test_adapters_take_turns_in_the_slot_that_is_left(fleet: Fleet, tmp_path: Path, name: str) -> None:
+    """Loaded when a request asks for them, beside those of the engine's start, and dropped for one another."""
+    (replica,) = fleet.ready(name)
+    others = (LATER, "neap")
+    pool = {
+        "adapters": [{"name": other, "path": LATER_PATH} for other in others],
+        "adapters_load": "on_demand",
+        "adapter_slots": len(ADAPTERS) + 1,
+    }
+    texts: dict[str, set[str]] = {}
+    try:
+        async with gateway_for(tmp_path, {name: replica}, pool=pool) as gateway, gateway.async_sdk() as client:
+            for other in (*others, *others):
+                _, text = await chat(client, SEA, f"{MODEL}:{other}", 24)
+                texts.setdefault(other, set()).add(text)
+                shown = gateway.replicas()[name]
+                assert adapters_of(shown) == {*ADAPTERS, other}
+            _, same = await chat(client, SEA, others[1], 24)
+            _, base = await chat(client, SEA, MODEL, 24)
+    finally:
+        await unload(replica, *others)
+    assert texts[others[0]] == texts[others[1]] == {same}
+    assert base != same
 
 
 async def test_an_order_that_llamacpp_cannot_follow_says_so(mixed_fleet: dict[str, Replica], tmp_path: Path) -> None:

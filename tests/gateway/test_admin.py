@@ -86,6 +86,7 @@ async def test_every_route_is_closed_without_the_token(host: str) -> None:
         "/metrics",
         "/admin/fleet",
         "/admin/usage",
+        "/admin/explain",
         "/admin/replicas",
         "/admin/replicas/{pool}/{replica}",
         "/admin/replicas/{pool}/{replica}/drain",
@@ -298,6 +299,9 @@ async def test_a_defect_is_answered_without_its_text() -> None:
 
         async def usage(self, limit: int) -> list[dict[str, Any]]:
             return []
+
+        async def explain(self, question: bytes) -> dict[str, Any]:
+            return {}
 
         async def drain(self, pool: str, replica: str, draining: bool) -> None: ...
 

@@ -300,7 +300,7 @@ async def test_adapters_are_listed_with_the_models() -> None:
     async with FakeEngine() as engine, serving(settings_for([engine.url], engine="sglang")) as gateway:
         replicas(gateway)[0].adapters = frozenset({"support"})
         names = [name for name, _ in gateway.runtime.fleet.listed()]
-        assert names == ["m", "m:support"]
+        assert names == ["m", "m:support", "support"]
 
 
 @EDGES

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 from backends.ticker import Ticker
 from gateway.config import Settings
 from gateway.fleet import build_fleet
 from routing.capacity import Capacity
+from routing.types import InferenceRequest, Replica, View
 
 
 def settings(*replicas: Mapping[str, Any], **backend: Any) -> Settings:
@@ -71,3 +73,24 @@ async def test_a_reload_changes_the_capacity_that_is_configured_and_keeps_what_w
     replica.meter.state(64, 32768)
     build_fleet(settings(A), ticker, 0.0, old)
     assert replica.meter.capacity == Capacity(64, 32768, "stated")
+
+
+class Renamed:
+    """A policy of the operator's own, which has a name of its own."""
+
+    name = "mine"
+
+    def __init__(self, rng: Random) -> None: ...
+
+    def __call__(self, request: InferenceRequest, candidates: Sequence[Replica], view: View) -> Replica:
+        return candidates[0]
+
+
+async def test_a_policy_of_ones_own_keeps_what_it_has_learned_over_a_reload() -> None:
+    model = {"backend": "pool", "policy": f"{__name__}:Renamed"}
+    given = settings(A).model_dump()
+    mine = Settings(**{**given, "models": {"m": model}})
+    old = build_fleet(mine, Ticker(), 0.0)
+    assert build_fleet(mine, Ticker(), 0.0, old).models["m"].router is old.models["m"].router
+    assert build_fleet(settings(A), Ticker(), 0.0, old).models["m"].router.wants_prefix
+    assert build_fleet(settings(A), Ticker(), 0.0, old).models["m"].router is not old.models["m"].router

@@ -14,10 +14,14 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from backends.ticker import Ticker
 from backends.usage import Usage
+from gateway.adapters import AdapterKeeper
 from gateway.admission.opening import Admission
 from gateway.errors import GatewayError
+from gateway.fleet import build_fleet
 from gateway.histogram import Histogram
+from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.limits.plan import Plan
 from gateway.limits.sets import LimitSet
 from gateway.metrics import (
@@ -28,7 +32,11 @@ from gateway.metrics import (
     process_families,
     replica_families,
 )
+from gateway.order import Call, read_order
 from gateway.record import Exchange, Outcome
+from gateway.route_metrics import route_families
+from gateway.spill import Overflow
+from gateway.store import MemoryStore
 from gateway.store.limits import Admission as Answer
 from gateway.store.limits import Rate, Refusal, Scope, Unit
 from gateway.store.places import Band
@@ -39,6 +47,7 @@ from loadtests.rawclient import CHAT
 from routing.health import Change, Evidence
 from routing.load import Load
 from routing.types import Replica
+from tests.gateway.test_route_metrics import used_pool
 from tests.support.http import ask
 from tests.support.serving import serving, settings_for
 
@@ -83,7 +92,18 @@ def everything() -> list[Metric]:
         *health_families(witness),
         *process_families(1, 2, 3, 4.0),
         *admission_metrics(),
+        *spill_metrics(),
+        *adapter_metrics(),
+        *route_families([used_pool()]),
     ]
+
+
+def adapter_metrics() -> list[Metric]:
+    keeper = AdapterKeeper(MemoryStore(), lambda: None)  # type: ignore[arg-type, return-value]
+    keeper.loads["pool", "loaded"] = 2
+    keeper.evictions["pool"] = 1
+    keeper.load_ms["pool"] = 500
+    return list(keeper.families())
 
 
 def admission_metrics() -> list[Metric]:
@@ -96,6 +116,26 @@ def admission_metrics() -> list[Metric]:
     metrics.turned_away("pool", "pool_full")
     metrics.waited("pool", Band.BATCH, 1.0)
     return list(metrics.families(admission))
+
+
+def spill_metrics() -> list[Metric]:
+    """One request that has left, and one that had to stay."""
+    spill = {"backend": "rented", "price": {"output": 1.0}, "usd_per_hour": 1.0, "usd_per_day": 1.0}
+    engine = {"engine": "openai", "replicas": [{"url": "http://127.0.0.1:1"}]}
+    settings = settings_for(
+        [],
+        models={"m": {"backend": "pool", "spill": spill}},
+        backends={"pool": engine, "rented": {**engine, "hosted": True}},
+    )
+    fleet = build_fleet(settings, Ticker(), 0.0)
+    fleet.pools["pool"].replicas[0].draining = True
+    overflow = Overflow(settings, Admission(settings).gate, lambda: fleet)
+    caller = Principal(None, ANONYMOUS)
+    for headers in ([], [(b"x-tidegate-region", b"eu-west")]):
+        call = Call("/v1/chat/completions", headers, b'{"model":"m","messages":[]}', 0.0)
+        exchange = settled(tenant="default")
+        overflow.consider(read_order(call, fleet, "req_1", caller), exchange, caller, 0.0)
+    return list(overflow.families())
 
 
 def test_requests_are_counted_by_model_route_and_outcome() -> None:

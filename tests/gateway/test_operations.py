@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from backends.dialects.protocol import AdapterRefused
+from backends.dialects.protocol import Adapter, AdapterRefused
 from backends.side import SideChannelError, Trouble
 from gateway.admin import admin_app, private_app
 from gateway.config import Settings
@@ -354,21 +354,29 @@ class _Dropping(Scripted):
 
 
 class _Silent(Scripted):
+    def __init__(self) -> None:
+        super().__init__(held=[])
+        self.given_up = asyncio.Event()
+
     async def unload_adapter(self, side: Any, name: str) -> None:
+        await self.given_up.wait()
         raise SideChannelError(Trouble.TIMEOUT, "it did not answer within 120 s")
 
 
 async def test_no_request_is_sent_for_an_adapter_that_is_being_dropped() -> None:
     """Workers forget it first; if the engine then does not answer, the watch finds out what is true."""
     async with watched(configured(["http://127.0.0.1:1"])) as (gateway, admin):
-        engine = _Silent(held=[])
+        engine = _Silent()
         (upstream,) = gateway.runtime.fleet.upstreams()
         upstream.dialect = engine
         await admin.post("/admin/adapters", json=LOAD)
         await until(lambda: gateway.runtime.fleet.route("m:support"))
-        answer = await admin.delete("/admin/adapters/pool/support")
-        assert answer.status_code == 502
+        answer = asyncio.create_task(admin.delete("/admin/adapters/pool/support"))
         await until(lambda: gateway.runtime.fleet.route("m:support") is None)
+        upstream.holds((Adapter("support"),))  # as the watch may find it meanwhile
+        assert gateway.runtime.fleet.route("m:support") is None
+        engine.given_up.set()
+        assert (await answer).status_code == 502
 
 
 # -- several workers

@@ -11,7 +11,7 @@ from backends.ticker import Ticker
 from gateway.errors import InvalidRequest, ModelNotFound
 from gateway.fleet import Fleet, build_fleet
 from gateway.keys.principal import ANONYMOUS, Principal
-from gateway.order import CHAT, COMPLETIONS, EMBEDDINGS, Call, Order, read_order
+from gateway.order import CHAT, COMPLETIONS, EMBEDDINGS, MAX_REGIONS, Call, Order, read_order
 from tests.support.serving import settings_for
 
 
@@ -157,6 +157,19 @@ def test_there_is_at_least_one_choice(value: int) -> None:
 def test_completions_are_not_bounded_by_the_field_of_chat() -> None:
     read = order({"prompt": "a", "max_completion_tokens": 1}, COMPLETIONS)
     assert read.request.max_output_tokens is None
+
+
+def test_two_region_headers_are_refused_since_either_could_be_the_lock() -> None:
+    error = refused({}, headers=[(b"x-tidegate-region", b"eu-west"), (b"x-tidegate-region", b"us-east")])
+    assert (error.status, error.param, error.code) == (400, "x-tidegate-region", "invalid_header")
+
+
+def test_a_region_header_is_no_way_to_keep_the_gateway_busy() -> None:
+    some = b",".join(b"r%d" % number for number in range(MAX_REGIONS))
+    twice = order({}, headers=[(b"x-tidegate-region", some + b"," + some)])
+    assert len(twice.request.regions) == MAX_REGIONS
+    error = refused({}, headers=[(b"x-tidegate-region", some + b",another")])
+    assert (error.status, error.param, error.code) == (400, "x-tidegate-region", "invalid_header")
 
 
 @pytest.mark.parametrize("value", [b"", b" ", b",", b" , ,"])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from routing.credential import Credential
 from routing.filters import SOFT
 from routing.health import Evidence, observe
-from routing.policies import LeastOutstanding
+from routing.policies.balanced import LeastOutstanding
+from routing.router import Router
 from routing.types import Decision, InferenceRequest, Replica
 
 NOW = 1000.0
@@ -27,7 +28,7 @@ def request(*regions: str) -> InferenceRequest:
 
 
 def decide(replicas: list[Replica], *regions: str, tried: tuple[Replica, ...] = (), seed: int = 0) -> Decision:
-    return LeastOutstanding(Random(seed)).decide(request(*regions), replicas, NOW, tried)
+    return Router(LeastOutstanding(Random(seed))).decide(request(*regions), replicas, NOW, tried)
 
 
 UNWELL = ("", "", "", "cooling_down", "ejected", "half_open", "not_ready", "unresponsive", "stalled", "rested")
@@ -140,7 +141,7 @@ def test_the_replica_with_the_fewest_in_flight_is_chosen() -> None:
 
 def test_a_heavier_replica_takes_more() -> None:
     replicas = [replica("light", weight=1.0), replica("heavy", weight=3.0)]
-    policy = LeastOutstanding(Random(1))
+    policy = Router(LeastOutstanding(Random(1)))
     for _ in range(400):
         chosen = policy.decide(request(), replicas, NOW).replica
         assert chosen is not None
@@ -151,7 +152,7 @@ def test_a_heavier_replica_takes_more() -> None:
 
 def test_equals_are_drawn_evenly() -> None:
     replicas = [replica(f"r{index}") for index in range(4)] + [replica("busy", in_flight=1)]
-    policy = LeastOutstanding(Random(2))
+    policy = Router(LeastOutstanding(Random(2)))
     counts: Counter[str] = Counter()
     for _ in range(8000):
         chosen = policy.decide(request(), replicas, NOW).replica
@@ -207,21 +208,21 @@ def test_panic_never_uses_a_refused_key_or_a_draining_replica() -> None:
 
 def test_idle_replicas_are_drawn_by_weight() -> None:
     replicas = [replica("light"), replica("heavy", weight=3.0)]
-    policy = LeastOutstanding(Random(3))
+    policy = Router(LeastOutstanding(Random(3)))
     heavy = sum(policy.decide(request(), replicas, NOW).replica is replicas[1] for _ in range(4000))
     assert 2900 < heavy < 3100
 
 
 def test_a_warming_replica_gets_a_tenth_of_what_it_would_when_all_are_idle() -> None:
     replicas = [warming("back"), *(replica(f"r{index}") for index in range(3))]
-    policy = LeastOutstanding(Random(4))
+    policy = Router(LeastOutstanding(Random(4)))
     counts = Counter(policy.decide(request(), replicas, NOW).replica for _ in range(40_000))
     assert 900 < counts[replicas[0]] < 1100  # 40,000 / 4 / 10
 
 
 def test_a_warming_replica_holds_its_share_of_what_is_in_flight() -> None:
     replicas = [warming("back", 20.0), *(replica(f"r{index}") for index in range(3))]
-    policy = LeastOutstanding(Random(5))
+    policy = Router(LeastOutstanding(Random(5)))
     for _ in range(3400):
         chosen = policy.decide(request(), replicas, NOW).replica
         assert chosen is not None
@@ -231,7 +232,7 @@ def test_a_warming_replica_holds_its_share_of_what_is_in_flight() -> None:
 
 def test_when_all_are_warming_alike_nothing_changes() -> None:
     replicas = [warming(f"r{index}") for index in range(4)]
-    policy = LeastOutstanding(Random(6))
+    policy = Router(LeastOutstanding(Random(6)))
     for _ in range(400):
         chosen = policy.decide(request(), replicas, NOW).replica
         assert chosen is not None

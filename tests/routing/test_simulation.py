@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from routing.health import Change, Evidence, Health, HealthState, Rules, observe
-from routing.policies import LeastOutstanding
+from routing.policies.balanced import LeastOutstanding
+from routing.router import Router
 from routing.types import InferenceRequest, Replica, Reservation
 
 REQUEST = InferenceRequest("req_1", "m", stream=True, prompt_bytes=1)
@@ -27,7 +28,7 @@ class Simulation:
         self._per_s = per_s
         self._rng = Random(seed)
         # Another seed than the arrivals': equal ones would draw the same numbers, and the choices follow the gaps.
-        self._policy = LeastOutstanding(Random(seed + 1000))
+        self._policy = Router(LeastOutstanding(Random(seed + 1000)))
         self._under_way: list[tuple[float, int, Replica, Reservation]] = []
 
     def run(self, until: float) -> None:

@@ -18,7 +18,8 @@ from gateway.listener import Listener, bind_tcp, inference_listener, listen
 from gateway.metrics import Metrics
 from gateway.record import Exchange
 from gateway.runtime import Runtime
-from routing.policies import LeastOutstanding
+from routing.policies.balanced import LeastOutstanding
+from routing.router import Router
 
 
 @dataclass
@@ -57,10 +58,16 @@ def settings_for(urls: Sequence[str], *, edge: str = "protocol", engine: str = "
 
 
 @asynccontextmanager
-async def serving(settings: Settings, *, usage_log: Path | None = None) -> AsyncIterator[Serving]:
-    """Serve until the block ends; then everything is closed at once."""
+async def serving(
+    settings: Settings, *, usage_log: Path | None = None, own_policies: bool = False
+) -> AsyncIterator[Serving]:
+    """Serve until the block ends; then everything is closed at once.
+
+    Replicas are chosen by their outstanding requests, or with `own_policies` as the settings say.
+    """
     ledger = Ledger(usage_log)
-    runtime = Runtime(settings, LeastOutstanding(Random(7)), Metrics(), ledger)
+    policy = None if own_policies else Router(LeastOutstanding(Random(7)))
+    runtime = Runtime(settings, policy, Metrics(), ledger)
     ledger.start()
     listener, sweep = inference_listener(build_app(runtime), runtime)
     runtime.ticker.add(sweep)

@@ -79,7 +79,7 @@ def test_a_request_is_aborted_by_the_id_that_it_carries() -> None:
 
 
 def test_fields_that_steer_ranks_hosts_sessions_and_code_are_reserved() -> None:
-    assert {"routed_dp_rank", "bootstrap_host", "lora_path", "session_params"} <= SGLANG.reserved
+    assert {"routed_dp_rank", "bootstrap_host", "session_params"} <= SGLANG.reserved
     assert "priority" not in SGLANG.reserved
 
 

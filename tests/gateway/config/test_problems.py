@@ -384,13 +384,19 @@ def test_an_unknown_key_is_reported_at_any_level(
     data: dict[str, Any] = {
         "auth": "keys",
         "keys": {"static": [{"name": "a", "key": {"env": "LONG"}}]},
-        "models": {"chat": {"backend": "pool"}},
+        "models": {
+            "chat": {
+                "backend": "pool",
+                "spill": {"backend": "rented", "price": {"output": 1.0}, "usd_per_hour": 1.0, "usd_per_day": 1.0},
+            }
+        },
         "backends": {
+            "rented": {"engine": "openrouter", "replicas": [{"url": "http://b"}]},
             "pool": {
                 "engine": "sglang",
                 "replicas": [{"url": "http://a"}],
                 "adapters": [{"name": "a", "path": "/a"}],
-            }
+            },
         },
     }
     here: Any = data

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,32 @@ def test_a_tokenizer_counts_exactly(tokenizer_file: Path) -> None:
     assert estimator.needs_thread("b", 10**6) is False
     estimator.use_tokenizers({})
     assert estimate(estimator, {"prompt": texts}, COMPLETIONS).chars > 0
+
+
+def test_a_tokenizer_that_truncates_still_counts_the_whole_prompt(tokenizer_file: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    path = tmp_path / "truncating.json"
+    tokenizer.save(str(path))
+    count = load_tokenizers(with_tokenizer(path))["chat"]
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    assert count("the fox") == len(tokenizer.encode("the fox").ids) < 8
+    assert count("the fox " * 50) == len(tokenizer.encode("the fox " * 50).ids) > 8
+
+
+def test_counting_in_a_thread_leaves_the_event_loop_free(tokenizer_file: Path) -> None:
+    count = load_tokenizers(with_tokenizer(tokenizer_file))["chat"]
+    thread = threading.Thread(target=count, args=("the quick brown fox " * 60_000,))
+    started = before = time.perf_counter()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.001)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    assert longest < (before - started) / 2
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:

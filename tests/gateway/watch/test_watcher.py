@@ -26,7 +26,8 @@ from gateway.watch.patrol import has_progressed, prefill_speed
 from gateway.watch.watcher import Watcher
 from routing.capacity import Capacity
 from routing.health import Change, Credential
-from routing.policies import LeastOutstanding
+from routing.policies.balanced import LeastOutstanding
+from routing.router import Router
 from routing.types import Replica
 from tests.gateway.watch.engines import Scripted
 
@@ -61,7 +62,7 @@ class Worker:
 @asynccontextmanager
 async def worker(chosen: Settings, dialects: list[Scripted], store: Store | None = None) -> AsyncIterator[Worker]:
     runtime = Runtime(
-        chosen, LeastOutstanding(Random(7)), Metrics(), Ledger(None), admission=Admission(chosen, store=store)
+        chosen, Router(LeastOutstanding(Random(7))), Metrics(), Ledger(None), admission=Admission(chosen, store=store)
     )
     for upstream, dialect in zip(runtime.fleet.upstreams(), dialects, strict=True):
         upstream.dialect = dialect

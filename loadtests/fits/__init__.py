@@ -1,0 +1,1 @@
+"""Constants of engines, fitted to recorded runs of real ones. Not installed."""
