@@ -21,6 +21,7 @@ from backends.upstream import Upstream
 from gateway import usage
 from gateway.adapters import AdapterAway
 from gateway.admission.visit import Visit
+from gateway.answers import check_regions, none_left, note_departure, note_whole, refuse, reply_headers, write_whole
 from gateway.attempts import MAX_ATTEMPTS, Attempts
 from gateway.bounds import bounding
 from gateway.errors import (
@@ -28,9 +29,6 @@ from gateway.errors import (
     GatewayError,
     InternalError,
     InvalidRequest,
-    NoReplicaAvailable,
-    StreamInterrupted,
-    UpstreamFailed,
     UpstreamTimeout,
 )
 from gateway.keys.records import PRIORITY_CLASSES
@@ -42,6 +40,7 @@ from gateway.runtime import Runtime
 from gateway.spill import SPILLED
 from gateway.upstream_errors import error_in_answer
 from gateway.verdict import Again, Verdict, of_connection, of_question, of_relay, of_reply, refused_field
+from routing.filters import exclusion_reason
 from routing.router import PANIC
 from routing.types import Decision, Replica
 
@@ -68,7 +67,7 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
             await asyncio.to_thread(read_prompt, order, exchange)
         order = runtime.overflow.consider(order, exchange, caller, time.monotonic())
         _note(exchange, order)
-        _check_regions(order)
+        check_regions(order)
         counted = await gate.count(caller, order) if gate.counts_long(order) else None
         moved = False
         while True:
@@ -94,13 +93,13 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
             finally:
                 runtime.close_relay(relay)
     except GatewayError as error:
-        _refuse(error, relay, reply, exchange)
+        refuse(error, relay, reply, exchange)
     except asyncio.CancelledError:
-        _note_departure(exchange, relay)
+        note_departure(exchange, relay)
         raise
     except Exception:
         logger.exception("request %s failed inside the gateway", exchange.request_id)
-        _refuse(InternalError("Something went wrong inside the gateway."), relay, reply, exchange)
+        refuse(InternalError("Something went wrong inside the gateway."), relay, reply, exchange)
     finally:
         if relay is not None and relay.reader is not None:
             usage.from_stream(exchange, relay.reader)
@@ -139,28 +138,27 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
                 exchange.attempts += 1
                 _note_choice(exchange, replica, decision)
                 if exchange.stream:
-                    relay.headers = _headers(exchange, _EVENT_STREAM)
+                    relay.headers = reply_headers(exchange, _EVENT_STREAM)
                 whole: UpstreamReply | None = None
                 verdict: Verdict | None = None
                 try:
                     whole = await _ask(call, order, relay, upstream, runtime)
-                except (UpstreamError, SideChannelError, Untranslatable, GatewayError) as error:
-                    verdict = _verdict_on(error, upstream)
-                except BaseException:  # the client has left
-                    _tell_of_departure(order, exchange, replica)
-                    raise
-                else:
                     if whole is not None:
                         verdict = _verdict_of(whole, call, upstream)
+                        if verdict is None:
+                            note_whole(exchange, whole, relay)
+                except (UpstreamError, SideChannelError, Untranslatable, GatewayError) as error:
+                    verdict = _verdict_on(error, upstream)
+                except BaseException:  # the client has left, mostly
+                    _tell_of_departure(order, exchange, replica)
+                    raise
             if verdict is None:
-                if whole is not None:
-                    _note_whole(exchange, whole, relay)
                 _tell_router(order, exchange, relay, upstream)
                 if whole is None:
                     reply.finish()
                 else:
                     runtime.witness.answered(replica, pool.replicas)
-                    _write_whole(whole, relay, reply, exchange)
+                    write_whole(whole, relay, reply, exchange)
                 exchange.outcome = Outcome.COMPLETED
                 return
             router.failed(order.request, replica, time.monotonic(), blamed=verdict.evidence is not None)
@@ -310,39 +308,16 @@ async def _connect(upstream: Upstream, order: Order, exchange: Exchange) -> Conn
 
 
 def _fits(order: Order, story: Attempts) -> bool:
-    """Whether some replica could take the request now."""
-    return order.route.router.fits(order.request, order.route.pool.replicas, time.monotonic(), story.tried)
+    """Whether some replica could take the request now, or none is left that it could wait for."""
+    request, replicas, now = order.request, order.route.pool.replicas, time.monotonic()
+    if order.route.router.fits(request, replicas, now, story.tried):
+        return True
+    return all(exclusion_reason(request, replica, now, story.tried) != "full" for replica in replicas)
 
 
 def _some_are_full(decision: Decision) -> bool:
     """Whether some replica could take the request if it were not full, so that it only has to wait."""
     return any(each.reason == "full" for each in decision.excluded)
-
-
-def none_left(decision: Decision) -> GatewayError:
-    """The error for a request that no replica can take, with the reasons counted."""
-    reasons = [each.reason for each in decision.excluded]
-    if reasons and set(reasons) == {"credential_refused"}:
-        return UpstreamFailed("The model servers refuse the gateway's own credential.", code="upstream_auth_failed")
-    counted = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
-    if reasons and set(reasons) == {"region"}:
-        return _out_of_region()
-    return NoReplicaAvailable(f"No replica can take the request now ({counted}).", retry_after_s=1.0)
-
-
-def _check_regions(order: Order) -> None:
-    """Refuse what no replica may serve, before it waits for a place that could be of no use to it."""
-    regions = order.request.regions
-    if regions and all(replica.region not in regions for replica in order.route.pool.replicas):
-        raise _out_of_region()
-
-
-def _out_of_region() -> GatewayError:
-    refused = NoReplicaAvailable("No replica of this model is in the region asked for.", param="x-tidegate-region")
-    refused.status = 403
-    refused.code = "data_residency_mismatch"
-    refused.type = "request_forbidden"
-    return refused
 
 
 def _relay(order: Order, exchange: Exchange, reply: Reply, runtime: Runtime) -> Relay:
@@ -392,75 +367,3 @@ def _note_choice(exchange: Exchange, replica: Replica, decision: Decision) -> No
     exchange.route_reason = SPILLED if exchange.spill else decision.reason
     exchange.predicted_cached_tokens = decision.cached_tokens
     exchange.predicted_ttft_ms = decision.predicted_ttft_ms
-
-
-def _headers(exchange: Exchange, content: Headers) -> Headers:
-    """The reply's headers: what the content is, and how it came about."""
-    headers = [*content, (b"x-request-id", exchange.request_id.encode()), *exchange.admission_headers]
-    _add_route(headers, exchange)
-    if exchange.stream:
-        headers += ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
-    return headers
-
-
-def _add_route(headers: Headers, exchange: Exchange) -> None:
-    """Who was tried last, and why that one."""
-    headers += (
-        (b"x-tidegate-replica", exchange.replica.encode()),
-        (b"x-tidegate-attempts", b"%d" % exchange.attempts),
-        (b"x-tidegate-route-reason", exchange.route_reason.encode()),
-        (b"x-tidegate-predicted-cached-tokens", b"%d" % exchange.predicted_cached_tokens),
-    )
-    if exchange.region is not None:
-        headers.append((b"x-tidegate-region", exchange.region.encode()))
-
-
-def _write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exchange) -> None:
-    """Pass on an answer that was collected whole."""
-    if reply.started:
-        # The hold ran out and the client is reading a stream; a plain body cannot follow.
-        raise StreamInterrupted("The model server answered a streaming request without a stream.")
-    if exchange.stream and not whole.body:
-        raise UpstreamFailed("The model server answered a streaming request with nothing.", code="upstream_truncated")
-    content_type = dict(whole.headers).get(b"content-type", b"application/json")
-    reply.send(whole.status, _headers(exchange, [(b"content-type", content_type)]), whole.body)
-
-
-def _note_whole(exchange: Exchange, whole: UpstreamReply, relay: Relay) -> None:
-    exchange.status = whole.status
-    exchange.response_bytes = len(whole.body)
-    exchange.usage = usage.from_whole(whole.body, relay.read_usage, whole.tree)
-
-
-def _note_departure(exchange: Exchange, relay: Relay | None) -> None:
-    """The client has gone. Completion wins: an answer that had come whole by then counts, and so do its tokens."""
-    exchange.outcome = Outcome.CLIENT_LEFT
-    if relay is None or not relay.completed:
-        return
-    if relay.whole is None:
-        exchange.outcome = Outcome.COMPLETED
-    elif relay.whole.answers:
-        exchange.outcome = Outcome.COMPLETED
-        _note_whole(exchange, relay.whole, relay)
-
-
-def _refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exchange) -> None:
-    """Tell the client: with a status where none was sent yet, else with an error event at the end of the stream."""
-    exchange.outcome = error.outcome
-    exchange.error_code = error.code
-    if error.outcome in (Outcome.UPSTREAM_ERROR, Outcome.UPSTREAM_INTERRUPTED):
-        begun = relay is not None and relay.started_content
-        exchange.outcome = Outcome.UPSTREAM_INTERRUPTED if begun else Outcome.UPSTREAM_ERROR
-    if relay is not None and reply.started:
-        relay.end_with_error(error)
-        return
-    exchange.status = error.status
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"x-request-id", exchange.request_id.encode()),
-        *error.headers(),
-        *exchange.admission_headers,
-    ]
-    if exchange.replica:
-        _add_route(headers, exchange)
-    reply.send(error.status, headers, error.body())

@@ -17,9 +17,10 @@ from typing import Any
 
 import msgspec
 
+from gateway.answers import none_left
 from gateway.body import parse
 from gateway.errors import InternalError, InvalidRequest
-from gateway.exchange import none_left, read_prompt
+from gateway.exchange import read_prompt
 from gateway.fleet import ModelRoute
 from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.keys.records import PRIORITY_CLASSES

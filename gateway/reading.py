@@ -22,6 +22,8 @@ _LOWEST, _HIGHEST = 1 / 32, 1.0
 _FADE = 0.98
 """Weight of what was, at each new count: the last fifty matter."""
 _PRIOR_BYTES = 2000.0
+_MOST_BYTES = 8_000
+"""As so long a prompt a longer one counts."""
 _MAX_SEEDS = 4096
 
 
@@ -104,8 +106,10 @@ class PromptReader:
         if request.prefix is not None and request.prefix.unit_tokens == 1.0:
             return  # in tokens already
         if prompt_tokens > 0 and _LOWEST * size <= prompt_tokens <= _HIGHEST * size:
-            self._bytes = self._bytes * _FADE + size
-            self._tokens = self._tokens * _FADE + prompt_tokens
+            # One prompt of megabytes, of digits say, must not set the measure for the next hundred of all tenants.
+            weight = 1.0 if size <= _MOST_BYTES else _MOST_BYTES / size
+            self._bytes = self._bytes * _FADE + size * weight
+            self._tokens = self._tokens * _FADE + prompt_tokens * weight
 
     def _scope(self, tenant: str) -> str | None:
         return tenant if self._isolate else None

@@ -157,6 +157,8 @@ class Overflow:
         self._fleet = fleet
         self._unix_s = unix_s
         self._models: dict[str, _Model] = {}
+        self._former: dict[str, _Model] = {}
+        """Without a spill since a reload: what they have spent counts again when they get one back."""
         self._away: dict[str, _Away] = {}
         self._spilled: Counter[tuple[str, str]] = Counter()
         self._kept: Counter[tuple[str, str]] = Counter()
@@ -167,15 +169,17 @@ class Overflow:
     def reload(self, settings: Settings) -> None:
         """Go by these settings for new requests."""
         self._settings = settings
-        for name in [name for name in self._models if name not in settings.models]:
-            del self._models[name]
+        known = self._former | self._models
+        self._models = {}
         for name, model in settings.models.items():
             if model.spill is None:
-                self._models.pop(name, None)
-            elif name in self._models:
-                self._models[name].configure(model.spill)
+                continue
+            if name in known:
+                self._models[name] = known[name]
+                known[name].configure(model.spill)
             else:
                 self._models[name] = _Model(model.spill)
+        self._former = {name: model for name, model in known.items() if name not in self._models}
 
     # -- the path of a request
 
@@ -238,7 +242,7 @@ class Overflow:
         self._count(away.model, exchange.request_id, cost_usd)
 
     def _count(self, name: str, id: str, cost_usd: float | None) -> None:
-        model = self._models.get(name)
+        model = self._models.get(name) or self._former.get(name)
         if model is not None:
             self._usd[name] = self._usd.get(name, 0.0) + model.state.ceilings.settle(id, cost_usd)
 

@@ -28,6 +28,7 @@ class _Block:
     """One block that the engine holds, or that came before one."""
 
     before: _Block | None
+    """None at the beginning, and where a checkpoint lies in this one."""
     anchor: _Block | None
     """The nearest block before it in which a checkpoint lies, None if there is none; its digest continues here."""
     end: int
@@ -93,7 +94,7 @@ class BlockKeys:
         for number, name in enumerate(names):
             block = self._blocks.get(name)
             if block is None:
-                if len(self._blocks) >= self._max_blocks:
+                if len(self._blocks) >= self._max_blocks or (before is not None and before.end >= _ENDS[-1]):
                     break
                 rest = _rest(before) if rest is None else rest
                 block = _next(before, rest, data[number * size : (number + 1) * size], block_tokens, seed)
@@ -144,6 +145,8 @@ def _next(before: _Block | None, rest: bytearray, tokens: bytes, block_tokens: i
         block.keys.append(digest)
         block.weights.append(limit - at)
         at = block.checkpoint = limit
+    if block.keys:
+        block.before = None  # nobody looks further back, and it would keep alive what the engine has long removed
     return block
 
 

@@ -353,7 +353,7 @@ def _candidates(
 
 def _second_best(request: InferenceRequest, excluded: list[Exclusion]) -> tuple[list[Replica], list[Exclusion], str]:
     """Who may be asked when all are excluded: those that merely have enough to do, else those where an adapter has to
-    wait for a slot, else those whose context is too short as far as one can tell, else those under suspicion.
+    wait for a slot, else those under suspicion, else those whose context is too short as far as one can tell.
 
     With what remains excluded, and the reason to give.
     """
@@ -364,13 +364,14 @@ def _second_best(request: InferenceRequest, excluded: list[Exclusion]) -> tuple[
     behind = [each.replica for each in excluded if each.reason == NO_SLOT]
     if behind:
         return behind, excluded, NO_SLOT
-    short = [each.replica for each in excluded if each.reason == TOO_LONG]
-    if short:
-        return short, [each for each in excluded if each.reason != TOO_LONG], TOO_LONG
     suspects = [each for each in excluded if each.reason in SOFT]
+    fitting = [each for each in suspects if fits(request, each.replica)]
+    short = [each.replica for each in excluded if each.reason == TOO_LONG]
+    if short and not fitting:
+        return short, [each for each in excluded if each.reason != TOO_LONG], TOO_LONG
     if not suspects:
         return [], excluded, NONE_AVAILABLE
-    suspects = [each for each in suspects if fits(request, each.replica)] or suspects
+    suspects = fitting or suspects
     resting = all(each.reason == "cooling_down" for each in suspects)
     asked = {each.replica: None for each in suspects}
     return (

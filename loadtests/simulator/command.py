@@ -120,7 +120,10 @@ def _cells(options: argparse.Namespace) -> tuple[list[Cell], dict[str, str]]:
         make_policy(policy, Random(0))
     engine_named(options.engine)
     if options.trace is not None:
-        rows = len(read_trace(options.trace))
+        trace = read_trace(options.trace)
+        rows = len(trace)
+        if trace[0].at == trace[-1].at:
+            raise TraceError(f"{options.trace} has no two requests at different times, so that no rate can be told")
         workload, replicas, size = f"trace {options.trace.name}", options.replicas or 8, options.size or rows
     else:
         if options.workload not in known:
@@ -147,24 +150,30 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="NAME,...", help=f"of {', '.join(POLICY_NAMES)}, or module:name"
     )
-    made.add_argument("--replicas", type=int, metavar="N", help="default 8")
+    made.add_argument("--replicas", type=_count, metavar="N", help="default 8")
     made.add_argument(
         "--engine", default=DEFAULT_ENGINE, metavar="NAME", help=f"{', '.join(engines_in())} (default {DEFAULT_ENGINE})"
     )
     made.add_argument(
         "--load", type=_loads, default=(0.95,), metavar="SHARE,...", help="of the fleet's capacity (default 0.95)"
     )
-    made.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each, in pairs (default 5)")
-    made.add_argument("--size", type=int, metavar="N", help="requests of a run")
-    made.add_argument("--gateways", type=int, default=1, metavar="N", help="that tell each other (default 1)")
+    made.add_argument("--seeds", type=_count, default=5, metavar="N", help="runs of each, in pairs (default 5)")
+    made.add_argument("--size", type=_count, metavar="N", help="requests of a run")
+    made.add_argument("--gateways", type=_count, default=1, metavar="N", help="that tell each other (default 1)")
     made.add_argument("--told", action="store_true", help="tell the gateways how fast the engines are")
     made.add_argument("--usd-per-hour", type=float, default=0.0, metavar="USD", help="what a replica costs")
     made.add_argument("--traces", type=Path, metavar="FOLDER", help="whole traces, for the workloads made of them")
-    made.add_argument("--processes", type=int, default=2, metavar="N", help="default 2")
+    made.add_argument("--processes", type=_count, default=2, metavar="N", help="default 2")
     made.add_argument("--store", type=Path, metavar="FILE", help="results of former runs (default: a temporary file)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures")
     made.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them; needs matplotlib")
     return made
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _loads(text: str) -> tuple[float, ...]:

@@ -81,9 +81,10 @@ class Store:
 
 def code_of(policy: str) -> str:
     """Digest of the source that a policy's decisions depend on: its module and the router, with what they import of
-    `routing`, and the simulator's model."""
+    `routing` (one of the user's own: of its own package as well), and the simulator's model."""
     chooser = make_policy(policy, Random(0))
-    modules = _closure([type(chooser).__module__, "routing.router"])
+    own, colon, _ = policy.partition(":")
+    modules = _closure([type(chooser).__module__, "routing.router", *([own] if colon else [])], own.split(".")[0])
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted({*modules, *_model()}):
         digest.update(path.read_bytes())
@@ -102,7 +103,7 @@ def _model() -> list[Path]:
     return [*(Path(__file__).parent / f"{name}.py" for name in names), fleet.FITS]
 
 
-def _closure(names: Sequence[str]) -> set[Path]:
+def _closure(names: Sequence[str], package: str) -> set[Path]:
     found: dict[str, Path] = {}
     waiting = list(names)
     while waiting:
@@ -115,7 +116,8 @@ def _closure(names: Sequence[str]) -> set[Path]:
             continue
         path = found[name] = Path(spec.origin)
         imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
-        waiting.extend(node.module for node in imports if node.module and node.module.startswith("routing."))
+        modules = [node.module for node in imports if node.module]
+        waiting.extend(each for each in modules if each.startswith(("routing.", f"{package}.")))
     return set(found.values())
 
 

@@ -46,6 +46,8 @@ def read_trace(path: Path, limit: int | None = None) -> list[Row]:
             for row in rows:
                 if limit is not None and len(found) == limit:
                     break
+                if min(row.prompt_tokens, row.output_tokens) < 0:
+                    raise ValueError("a number of tokens below 0")
                 found.append(row)
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{path} cannot be read: {error}") from error
@@ -61,9 +63,10 @@ def _mooncake(lines: Iterable[str]) -> Iterator[Row]:
     for line in lines:
         if line.strip():
             row = json.loads(line)
-            yield Row(
-                row["timestamp"] / 1000.0, int(row["input_length"]), int(row["output_length"]), tuple(row["hash_ids"])
-            )
+            tokens, blocks = int(row["input_length"]), tuple(row["hash_ids"])
+            if blocks and tokens > len(blocks) * BLOCK_TOKENS:
+                raise ValueError(f"{len(blocks)} hash_ids of {BLOCK_TOKENS} tokens for a prompt of {tokens}")
+            yield Row(row["timestamp"] / 1000.0, tokens, int(row["output_length"]), blocks)
 
 
 def _azure(lines: Iterable[str]) -> Iterator[Row]:

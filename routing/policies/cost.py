@@ -5,7 +5,7 @@
          + prefill     of the prompt tokens that are not cached there
          + adapter     loading a LoRA adapter, and that another one may have to go for it
          + others      these three for every other request there: they wait as well, or decode more slowly meanwhile
-         + copies      prefill that a copy elsewhere would have saved: it is time of the fleet, wherever it is spent
+         + copies      prefill of what is cached elsewhere: time of the fleet that need not be spent
          + decode      of the answer, at the batch that it would join
          + pressure    when the KV cache would be nearly full: somebody may have to be computed twice
          + price       dollars, at the exchange rate of the request's class
@@ -42,11 +42,14 @@ class Weights:
     """Of what the request's wait, prefill and adapter take, for each other request there. 0 is Mooncake's rule; the
     larger, the nearer to LMetric's."""
     copies: float = 1.0
-    """Of the prefill, at the candidates' average speed, for each request of an average one of them. The same for all
-    replicas, so that long prompts do not gather where few requests are."""
-    copies_ease: float = 4.0
+    """Of the prefill of what another replica holds, at the candidates' average speed, for each request of an average
+    one. The same for all replicas, so that long prompts do not gather where few requests are."""
+    copies_ease: float = 2.0
     """But for no more than so many times the requests that the replica has: an idle one may well take a copy."""
-    decode: float = 0.4
+    distance: float = 0.15
+    """Of the round trip, likewise for each request of an average one; otherwise a wait of one step, times a hundred who
+    are there, would send anybody around the world."""
+    decode: float = 1.0
     """Of the time that its own decoding takes."""
     pressure_from: float = 0.85
     """Share of the KV cache beyond which it is short."""
@@ -82,16 +85,20 @@ class Cost:
         tokens, output, now = request.prompt_tokens or 1, view.output_tokens, view.now
         average, held_each, typical_ms = averages(candidates)
         copy_ms, decoded = weights.copies * typical_ms, weights.decode * output
+        far = weights.distance * average
         held_own = tokens + 0.5 * output
         adapter, priced = request.adapter, request.ms_per_usd
-        cached_at = view.matches.get if view.matches else None
+        cached_at, longest = None, 0
+        if view.matches:
+            cached_at, longest = view.matches.get, max(view.matches.values())
         session = view.session
         costs: list[float] = []
         best_cost = best_ttft = float("inf")
         best = candidates[0]
         for replica in candidates:
             speed, work = replica.speed, replica.work
-            uncached = tokens if cached_at is None else tokens - cached_at(replica, 0)
+            cached = 0 if cached_at is None else cached_at(replica, 0)
+            uncached = tokens - cached
             if uncached < 1:
                 uncached = 1
             batch, held, queued = work.running, work.running_tokens, work.queued
@@ -108,8 +115,8 @@ class Cost:
                 each = ahead / queued
                 mean = each * per_token * (1.0 + 0.5 * curve * each)
                 done = (now - work.since) * 1000.0 * per_token / (per_token + pace)
-                longest = 0.9 * mean
-                delay += pace * ahead + queued * mean - (done if done < longest else longest)
+                most = 0.9 * mean
+                delay += pace * ahead + queued * mean - (done if done < most else most)
             ttft = speed.rtt_ms + delay
             lost = 0.0
             if adapter is not None:
@@ -120,8 +127,9 @@ class Cost:
             joined = step_ms + request_ms * (batch + 1) + kv_ms * (batch * held_each + held_own)
             cost = (
                 ttft
+                + far * speed.rtt_ms
                 + by_batch * batch * delay
-                + (eased if eased < average else average) * copy_ms * uncached
+                + (eased if eased < average else average) * copy_ms * (longest - cached)
                 + decoded * joined
             )
             if lost:
@@ -178,15 +186,16 @@ class Cost:
         )
         delay = wait + prefill + load
         others = weights.others * batch * delay
+        missing = max(view.matches.values(), default=0) - view.matches.get(replica, 0)
         served = min(weights.copies_ease * batch, usual.batch)
         ttft = speed.rtt_ms + delay
         terms = {
-            "round_trip": speed.rtt_ms,
+            "round_trip": speed.rtt_ms * (1.0 + weights.distance * usual.batch),
             "wait": wait,
             "prefill": prefill,
             "adapter": load + lost * (1.0 + weights.others * usual.batch),
             "others": others,
-            "copies": weights.copies * served * uncached * usual.prefill_ms,
+            "copies": weights.copies * served * missing * usual.prefill_ms,
             "decode": weights.decode * output * joined,
             "pressure": 0.0,
             "price": _price(request, replica, uncached, output),

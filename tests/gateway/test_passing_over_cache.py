@@ -1,4 +1,4 @@
-"""Requests that no cache can help say nothing about the cache."""
+"""Odd prompts do not spoil what is known of the others: of the cache, and of how many tokens a text has."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ def test_other_requests_have_keys() -> None:
     reader = PromptReader("m", isolate_tenants=False)
     for fields in ({}, {"echo": True}, {"logprobs": 1}, {"prompt_logprobs": None}, {"cache_prompt": True}):
         assert read(reader, "q", **fields).prefix is not None
+
+
+def test_one_huge_prompt_does_not_set_the_measure_for_all() -> None:
+    reader = PromptReader("m", isolate_tenants=False)
+    for number in range(100):
+        usual = read(reader, str(number))
+        reader.learn(usual, len(TEXT) // 4)
+    huge = InferenceRequest("huge", "m", False, 4_000_000)
+    reader.learn(huge, 3_900_000)
+    assert reader.tokens_per_byte == pytest.approx(0.25, rel=0.2)
+    for _ in range(200):
+        reader.learn(huge, 3_900_000)
+    assert reader.tokens_per_byte > 0.9, "when all are like that, they do"

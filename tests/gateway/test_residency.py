@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from backends.ticker import Ticker
 from gateway.admission.opening import Admission
+from gateway.answers import none_left
 from gateway.errors import NoReplicaAvailable
-from gateway.exchange import none_left
 from gateway.fleet import Fleet, build_fleet
 from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.order import CHAT as CHAT_PATH
@@ -227,3 +227,25 @@ async def test_who_may_be_served_nowhere_is_told_at_once_and_does_not_queue_firs
             assert (reply.status, error_of(reply.body)["code"]) == (403, "data_residency_mismatch")
             holding.cancel()
             await asyncio.gather(holding, return_exceptions=True)
+
+
+async def test_who_waits_for_a_replica_that_a_reload_takes_out_of_the_region_is_told_then() -> None:
+    async with FakeEngine(chunks=2) as here, FakeEngine(chunks=2) as there:
+
+        def settings(region: str) -> Any:
+            replicas = [
+                {"url": here.url, "region": region, "max_in_flight": 1},
+                {"url": there.url, "region": "us-east", "max_in_flight": 1},
+            ]
+            return settings_for([], backend={"replicas": replicas, "queue": {"enabled": True}})
+
+        here.queue.append(Behaviour(chunks=2, hang_mid=1))
+        async with serving(settings("eu-west")) as gateway, streaming(gateway, {**CHAT, "stream": True}, CHAT_PATH, EU):
+            waiting = asyncio.create_task(ask(gateway, CHAT, CHAT_PATH, EU))
+            async with asyncio.timeout(10.0):
+                while len(gateway.runtime.gate.visits) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            gateway.runtime.reload(settings("us-east"))
+            reply = await asyncio.wait_for(waiting, 10.0)  # and not after queue.max_wait_s, which are 30
+            assert (reply.status, error_of(reply.body)["code"]) == (403, "data_residency_mismatch")
+        assert (len(here.requests), len(there.requests)) == (1, 0)

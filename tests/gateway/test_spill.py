@@ -373,6 +373,23 @@ async def test_a_reload_keeps_what_was_spent_and_goes_by_the_new_ceiling() -> No
         assert await metric(both.gateway, "tidegate_spill_window_usd", window="day") == spent
 
 
+async def test_what_was_spent_is_not_forgotten_while_a_reload_has_taken_the_spill_out() -> None:
+    async with two() as both:
+        runtime = both.gateway.runtime
+        given = sections(both.own, both.rented, {})
+        without: dict[str, Any] = {**given, "models": {"m": {"backend": "pool"}}}
+        both.busy()
+        both.rented.queue.append(Behaviour(chunks=2, hang_mid=1))
+        async with streaming(both.gateway, STREAM) as reply:
+            await reply.until(b"data:")
+            reserved = await metric(both.gateway, "tidegate_spill_window_usd", window="day")
+            runtime.reload(settings_for([], **without))
+            assert await metric(both.gateway, "tidegate_spill_window_usd", window="day") == 0.0
+        await both.gateway.settled()
+        runtime.reload(settings_for([], **given))
+        assert await metric(both.gateway, "tidegate_spill_window_usd", window="day") == reserved > 0.0
+
+
 async def test_what_the_queue_foretells_counts_as_waiting() -> None:
     async with two(replica={"max_in_flight": 4}) as both:
         gate = both.gateway.runtime.gate

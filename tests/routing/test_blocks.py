@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from random import Random
 
 import hypothesis.strategies as st
@@ -81,3 +82,17 @@ def test_nothing_is_made_of_what_continues_nothing_known_or_can_not_be_read() ->
     for number in range(40):
         blocks.stored([100], None, [5] * 128, 128, SEED, f"medium {number}")
     assert len(blocks) == 3
+
+
+def test_what_an_engine_has_removed_is_not_kept_by_what_came_after_it() -> None:
+    """With sliding windows the beginning of a prompt goes long before its end."""
+    kept = BlockKeys()
+    for number in range(4000):
+        kept.stored([number], number - 1 if number else None, range(16), 16, SEED, "GPU")
+        kept.removed([number - 1], "GPU")
+    assert len(kept) == 1
+    gc.collect()
+    alive = sum(type(each).__name__ == "_Block" for each in gc.get_objects())
+    assert alive < 1000, "those since the last checkpoint, an eighth of the prompt at most, and the checkpoints"
+    keys, _ = kept.stored([4000], 3999, range(16), 16, SEED, "GPU")
+    assert keys == token_prefix([*range(16)] * 4001, SEED).digests[::-1]

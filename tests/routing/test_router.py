@@ -212,3 +212,9 @@ def test_where_all_seem_unwell_a_prompt_still_goes_where_it_fits() -> None:
     decision = router().decide(request(), [*short, enough], 1.0)
     assert (decision.replica, decision.reason) == (enough, "all_cooling_down")
     assert len(decision.excluded) == len(short)
+
+
+def test_a_replica_under_suspicion_where_the_prompt_fits_comes_before_a_well_one_where_it_does_not() -> None:
+    short, long, one = replica("short", context_tokens=300), replica("long", context_tokens=4000), router()
+    long.cooldown.failed(1.0)
+    assert one.decide(request(max_output_tokens=100), [short, long], 1.0).replica is long

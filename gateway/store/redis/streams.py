@@ -66,6 +66,8 @@ class RedisStreams:
             names = {self._stream(stream).encode(): stream for stream in cursors}
             block = ("BLOCK", max(1, round(wait_s * 1000))) if wait_s > 0 else ()
             reply = await link.ask("XREAD", "COUNT", PAGE_MESSAGES, *block, "STREAMS", *names, *since.values())
+            if block and not reply:
+                self._known.pop(link, None)
         return tuple(
             Passage(names[key], entries[-1][0].decode(), tuple(fields[1] for _, fields in entries))
             for key, entries in reply or ()
@@ -88,7 +90,8 @@ class RedisStreams:
     async def _since(self, link: Link, stream: str, cursor: str) -> str:
         """The id to read on from: the beginning, when this Redis cannot have given the cursor.
 
-        That is found out once for each connection: while one lasts, it is the same Redis at its other end.
+        That is found out once for each connection: while one lasts, it is the same Redis at its other end. And after a
+        silence: Redis may have evicted the stream, and its clock, by which a new one is numbered, gone back.
         """
         if _CURSOR.fullmatch(cursor) is None:
             return _BEGINNING

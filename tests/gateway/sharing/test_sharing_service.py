@@ -11,6 +11,9 @@ import pytest
 
 from gateway.sharing.service import MAX_OUTBOX_BYTES, Share
 from gateway.store import MemoryStore
+from gateway.store.streams import Passage
+from routing.router import Change
+from routing.sharing import Peerage
 from routing.snapshot import cursor_of
 from tests.gateway.sharing.sharing_worker import PATIENCE_S, SharingWorker, until
 from tests.gateway.store.halves import Half, Redis
@@ -201,3 +204,25 @@ async def test_while_the_store_is_away_nothing_grows_and_decisions_go_on() -> No
     assert one.knows(3_000)
     assert one.queued() == [3_000, 0]
     await one.sharing.aclose()
+
+
+async def test_much_that_peers_tell_at_once_is_taken_in_steps() -> None:
+    """A page may have megabytes after Redis was away: half a second in which no request would be served."""
+    teller, hearer = (SharingWorker(MemoryStore()) for _ in range(2))
+    told: list[bytes] = []
+    peers = Peerage(b"a worker", teller.pools["pool"].routing, teller.pools["pool"].replicas, lambda _: None)
+    first = teller.pools["pool"].replicas[0]
+    for number in range(20):
+        digests = range(number * 5000, number * 5000 + 5000)
+        peers._learned(Change(first, digests, [128] * 5000))
+        told += peers.pack()
+    hearer.sharing.refresh()
+    passage = Passage("routing/pool", "1", tuple(told))
+    taking = asyncio.ensure_future(hearer.sharing._take((passage,)))
+    turns = 0
+    while not taking.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert await taking == len(told)
+    assert turns > sum(map(len, told)) / 70_000
+    await hearer.sharing.aclose()

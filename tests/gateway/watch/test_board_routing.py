@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from backends.dialects.protocol import EngineInfo, EngineLoad, Readiness
+from backends.ticker import Ticker
 from gateway.config import Settings
+from gateway.fleet import build_fleet
 from routing.keys import seed_of, token_prefix
+from routing.policies import PolicyError
 from routing.router import HEADROOM, PoolState
 from routing.work import NOTHING
 from tests.gateway.watch.engines import Scripted
@@ -68,9 +73,6 @@ async def test_what_fits_there_is_what_the_engine_says_in_this_life() -> None:
 
 def test_a_reload_keeps_what_is_believed_of_a_pool() -> None:
     """The board and the listeners of KV events hold on to it."""
-    from backends.ticker import Ticker
-    from gateway.fleet import build_fleet
-
     chosen: Settings = settings()
     ticker = Ticker()
     fleet = build_fleet(chosen, ticker, 0.0)
@@ -108,3 +110,19 @@ async def test_work_of_other_clients_ends_with_the_reports_of_it() -> None:
         engine.loads = []
         await until(lambda: (work.running, work.queued) == (0, 0), 20)
         assert one.replica.load is None
+
+
+def test_a_fleet_that_cannot_be_made_leaves_the_old_one_as_it_was() -> None:
+    fleet = build_fleet(settings(2), Ticker(), 0.0)
+    leaving = fleet.pools["pool"].replicas[1]
+    slot = fleet.pools["pool"].routing.slot(leaving)
+    chosen = settings(1)
+    model = chosen.models["m"].model_copy(update={"policy": "no_such_policy"})
+    wrong = chosen.model_copy(update={"models": {"m": model}})
+    with pytest.raises(PolicyError):
+        build_fleet(wrong, Ticker(), 1.0, fleet)
+    assert fleet.pools["pool"].routing.slots == {leaving: slot}
+    assert not leaving.retired
+    build_fleet(settings(1), Ticker(), 2.0, fleet)
+    assert fleet.pools["pool"].routing.slots == {}
+    assert leaving.retired

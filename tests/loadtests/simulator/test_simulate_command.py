@@ -88,6 +88,23 @@ def test_a_load_is_a_share_of_the_capacity(tmp_path: Path, capsys: pytest.Captur
     assert "share" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--replicas", "--seeds", "--size", "--gateways", "--processes"])
+@pytest.mark.parametrize("number", ["0", "-3", "1.5", "many", "9" * 5000])
+def test_there_is_one_of_everything_at_least(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, number: str
+) -> None:
+    with pytest.raises(SystemExit):
+        simulate(tmp_path, "--workload", "distinct", option, number)
+    assert "is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_a_trace_of_a_single_moment_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "one.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 100, "output_length": 5, "hash_ids": [1]}\n' * 2)
+    assert simulate(tmp_path, "--trace", str(trace)) == 2
+    assert "no two requests at different times" in capsys.readouterr().err
+
+
 def test_a_plot_is_drawn_for_one_load_and_for_several(folder: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         pytest.skip("matplotlib is optional")
@@ -128,6 +145,23 @@ def test_what_was_run_is_kept_until_the_code_changes(tmp_path: Path) -> None:
     store.path.write_text(json.dumps(rows))
     run_all([cell], Store(store.path), processes=1, tell=said.append)
     assert len(said) == 3, "run again, at the capacity that is still known"
+
+
+def test_a_policy_of_ones_own_is_run_again_once_it_was_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "edited_policies"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    helper, policy = package / "helper.py", package / "policy.py"
+    helper.write_text("")
+    policy.write_text(
+        "from edited_policies.helper import *\ndef first(request, candidates, view):\n    return candidates[0]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    codes = {code_of("edited_policies.policy:first")}
+    for path in (policy, helper):
+        path.write_text(path.read_text() + "# another\n")
+        codes.add(code_of("edited_policies.policy:first"))
+    assert len(codes) == 3
 
 
 def test_a_policy_is_not_run_again_for_another_ones_code() -> None:

@@ -35,7 +35,19 @@ def test_a_line_of_azures_is_a_request_that_shares_nothing(tmp_path: Path) -> No
     assert not set(first.prefix.digests) & set(second.prefix.digests)
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", "nothing\n", '{"timestamp": 1, "input_length": "many"}\n', "[1]\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}\n",
+        "nothing\n",
+        '{"timestamp": 1, "input_length": "many"}\n',
+        "[1]\n",
+        '{"timestamp": 1, "input_length": -5, "output_length": 1, "hash_ids": []}\n',
+        '{"timestamp": 1, "input_length": 5, "output_length": -1, "hash_ids": []}\n',
+        '{"timestamp": 1, "input_length": 513, "output_length": 1, "hash_ids": [1]}\n',
+    ],
+)
 def test_another_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text(text)

@@ -87,7 +87,7 @@ def test_loading_an_adapter_costs_its_time_and_thrash_costs_more() -> None:
 
 def test_money_counts_at_the_exchange_rate_of_the_class() -> None:
     own, rented = replica("own"), replica("rented", hosted=True, input_usd_per_million=1.0, output_usd_per_million=4.0)
-    own.work.queue(30_000, NOW)
+    own.work.queue(20_000, NOW)
     assert chosen([own, rented]) is rented
     # A request of 1,000 + 100 tokens costs 0.0014 dollars there.
     assert chosen([own, rented], ms_per_usd=2_000_000.0) is own
@@ -99,6 +99,52 @@ def test_a_replica_that_comes_back_is_given_less_at_first() -> None:
     old.work.begin(0, 500, NOW)
     old.work.queued = 0
     assert chosen([back, old]) is old
+
+
+def test_a_long_prompt_does_not_gather_where_few_but_waiting_requests_are() -> None:
+    """Each other request there counts the wait as well as the prefill, so both have to be small."""
+    few, many = replica("few"), replica("many")
+    few.work.queue(20_000, NOW)
+    for _ in range(3):
+        many.work.begin(0, 1000, NOW)
+        many.work.queued = 0
+    assert chosen([few, many], tokens=8000) is many
+
+
+def test_what_is_computed_twice_counts_against_the_whole_fleet_but_an_idle_one_takes_a_copy() -> None:
+    holder, other, idle = replica("holder"), replica("other"), replica("idle")
+    for each in (holder, other):
+        for _ in range(10):
+            each.work.begin(0, 500, NOW)
+            each.work.queued = each.work.queued_tokens = 0
+    seen = view({holder: 8000})
+    holder.work.queue(8000, NOW)  # a sibling that is being computed: as quick here as with the other one
+    assert chosen([holder, other], seen, tokens=8200) is holder
+    assert chosen([holder, other, idle], seen, tokens=8200) is idle
+
+
+def test_who_comes_behind_a_long_prompt_is_told_how_much_of_it_is_left() -> None:
+    early, late = replica("early"), replica("late")
+    for each, begun in ((early, NOW - 1.0), (late, NOW)):
+        each.work.queue(40_000, begun)
+    policy, usual = Cost(Random(1)), averages([early, late])
+    waits = [policy.terms(request(), each, view(), usual)["wait"] for each in (early, late)]
+    # Less than the second that has passed: the running batch had its share of it.
+    assert 850.0 < waits[1] - waits[0] < 950.0
+
+
+def test_a_round_trip_counts_the_more_the_busier_all_are() -> None:
+    near, far = replica("near"), replica("far")
+    near.speed.rtt_ms, far.speed.rtt_ms = 1.0, 80.0
+    for each, running in ((near, 42), (far, 40)):
+        for _ in range(running):
+            each.work.begin(0, 300, NOW)
+        each.work.queued = each.work.queued_tokens = 0
+    assert chosen([near, far], tokens=300) is near
+    for _ in range(60):
+        near.work.begin(0, 300, NOW)
+    near.work.queued = near.work.queued_tokens = 0
+    assert chosen([near, far], tokens=300) is far
 
 
 works = st.tuples(st.integers(0, 20), st.integers(0, 60_000), st.integers(0, 60), st.integers(0, 400_000))

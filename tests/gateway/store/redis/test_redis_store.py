@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.store import START, Fact, StoreFull, StoreUnavailable
+from gateway.store.redis.scripts import script
 from gateway.store.redis.store import RedisStore
 from tests.gateway.store.halves import Redis
 from tests.gateway.store.redis.asking import client_of, until
@@ -153,3 +154,17 @@ async def test_a_redis_that_is_away_is_told_to_readers_and_claimers() -> None:
                     await store.read_since("x", 5.0)
         finally:
             await store.aclose()
+
+
+async def test_a_stream_that_was_evicted_and_began_anew_with_an_earlier_clock_is_heard(store: RedisStore) -> None:
+    await store.publish("pool", b"before")
+    (passage,) = await store.follow({"pool": START})
+    assert (await store.follow({"pool": passage.cursor})) == ()
+    anew = script("anew", "redis.call('DEL', KEYS[1]); return redis.call('XADD', KEYS[1], '1-1', 'm', ARGV[1])")
+    await store._client.run(anew, (store._streams._stream("pool"),), (b"after",))
+    heard: list[bytes] = []
+    for _ in range(2):
+        for each in await store.follow({"pool": passage.cursor}, 0.05):
+            heard += each.payloads
+            passage = each
+    assert heard == [b"after"]

@@ -1,0 +1,109 @@
+"""What a reply says of how it came about, and how answers and refusals are written."""
+
+from __future__ import annotations
+
+from gateway import usage
+from gateway.errors import GatewayError, NoReplicaAvailable, StreamInterrupted, UpstreamFailed
+from gateway.order import Order
+from gateway.record import Exchange, Outcome
+from gateway.relay import Relay, UpstreamReply
+from gateway.reply import Headers, Reply
+from routing.types import Decision
+
+
+def reply_headers(exchange: Exchange, content: Headers) -> Headers:
+    """The reply's headers: what the content is, and how it came about."""
+    headers = [*content, (b"x-request-id", exchange.request_id.encode()), *exchange.admission_headers]
+    _add_route(headers, exchange)
+    if exchange.stream:
+        headers += ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+    return headers
+
+
+def _add_route(headers: Headers, exchange: Exchange) -> None:
+    """Who was tried last, and why that one."""
+    headers += (
+        (b"x-tidegate-replica", exchange.replica.encode()),
+        (b"x-tidegate-attempts", b"%d" % exchange.attempts),
+        (b"x-tidegate-route-reason", exchange.route_reason.encode()),
+        (b"x-tidegate-predicted-cached-tokens", b"%d" % exchange.predicted_cached_tokens),
+    )
+    if exchange.region is not None:
+        headers.append((b"x-tidegate-region", exchange.region.encode()))
+
+
+def write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exchange) -> None:
+    """Pass on an answer that was collected whole."""
+    if reply.started:
+        # The hold ran out and the client is reading a stream; a plain body cannot follow.
+        raise StreamInterrupted("The model server answered a streaming request without a stream.")
+    if exchange.stream and not whole.body:
+        raise UpstreamFailed("The model server answered a streaming request with nothing.", code="upstream_truncated")
+    content_type = dict(whole.headers).get(b"content-type", b"application/json")
+    reply.send(whole.status, reply_headers(exchange, [(b"content-type", content_type)]), whole.body)
+
+
+def note_whole(exchange: Exchange, whole: UpstreamReply, relay: Relay) -> None:
+    exchange.status = whole.status
+    exchange.response_bytes = len(whole.body)
+    exchange.usage = usage.from_whole(whole.body, relay.read_usage, whole.tree)
+
+
+def note_departure(exchange: Exchange, relay: Relay | None) -> None:
+    """The client has gone. Completion wins: an answer that had come whole by then counts, and so do its tokens."""
+    exchange.outcome = Outcome.CLIENT_LEFT
+    if relay is None or not relay.completed:
+        return
+    if relay.whole is None:
+        exchange.outcome = Outcome.COMPLETED
+    elif relay.whole.answers:
+        exchange.outcome = Outcome.COMPLETED
+        note_whole(exchange, relay.whole, relay)
+
+
+def refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exchange) -> None:
+    """Tell the client: with a status where none was sent yet, else with an error event at the end of the stream."""
+    exchange.outcome = error.outcome
+    exchange.error_code = error.code
+    if error.outcome in (Outcome.UPSTREAM_ERROR, Outcome.UPSTREAM_INTERRUPTED):
+        begun = relay is not None and relay.started_content
+        exchange.outcome = Outcome.UPSTREAM_INTERRUPTED if begun else Outcome.UPSTREAM_ERROR
+    if relay is not None and reply.started:
+        relay.end_with_error(error)
+        return
+    exchange.status = error.status
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-request-id", exchange.request_id.encode()),
+        *error.headers(),
+        *exchange.admission_headers,
+    ]
+    if exchange.replica:
+        _add_route(headers, exchange)
+    reply.send(error.status, headers, error.body())
+
+
+def none_left(decision: Decision) -> GatewayError:
+    """The error for a request that no replica can take, with the reasons counted."""
+    reasons = [each.reason for each in decision.excluded]
+    if reasons and set(reasons) == {"credential_refused"}:
+        return UpstreamFailed("The model servers refuse the gateway's own credential.", code="upstream_auth_failed")
+    counted = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
+    if reasons and set(reasons) == {"region"}:
+        return _out_of_region()
+    return NoReplicaAvailable(f"No replica can take the request now ({counted}).", retry_after_s=1.0)
+
+
+def check_regions(order: Order) -> None:
+    """Refuse what no replica may serve, before it waits for a place that could be of no use to it."""
+    regions = order.request.regions
+    if regions and all(replica.region not in regions for replica in order.route.pool.replicas):
+        raise _out_of_region()
+
+
+def _out_of_region() -> GatewayError:
+    refused = NoReplicaAvailable("No replica of this model is in the region asked for.", param="x-tidegate-region")
+    refused.status = 403
+    refused.code = "data_residency_mismatch"
+    refused.type = "request_forbidden"
+    return refused
