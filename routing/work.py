@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-AT_ONCE_TOKENS = 8_192
+AT_ONCE_TOKENS = 1_500
 """A dispatch with so much prefill is told to peers at once: one that overlooked it would wait behind it for long."""
 
 
