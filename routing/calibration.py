@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from math import sqrt
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -58,6 +59,13 @@ MAX_OUTPUT_TOKENS = 1_000_000.0
 MAX_CLASSES = 4096
 RATIOS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
 """Upper bounds of the histogram of predicted over observed time; the last bucket has none."""
+ALIKE = 1.2
+"""Replicas whose speeds differ by less are taken to be equal. Fits of equal engines differ by a tenth; generations of
+hardware by half and more."""
+PUBLISHED_AT_ONCE = 64
+"""Replicas that are brought up to date each second, at 3 us each."""
+RELATED = 1.5
+"""Those that differ by less are taken to differ in all parts alike."""
 _TINY = 1e-6
 _HUGE = 1e7
 
@@ -85,6 +93,7 @@ class Usual(NamedTuple):
     near: float
     """Of a first token's fixed part, what is not the way there."""
     prefill: float
+    curve: float
     step: float
     request: float
     kv: float
@@ -226,7 +235,8 @@ class _Learned:
 
     def publish(self, usual: Usual | None) -> None:
         """Tell the cost model, when anything has changed by more than a hundredth. While little is known, what is usual
-        in the pool counts too: who sends a replica few requests should not judge it by a few odd ones."""
+        in the pool counts too: who sends a replica few requests should not judge it by a few odd ones. And what is
+        nearly as usual is taken to be so: the policy multiplies small differences, and most are noise."""
         ttft, step, speed = self.ttft, self.step, self.replica.speed
         step_ms, request_ms, kv_ms = self._step_ms(), step.slope, step.second
         base, prefill = ttft.base, ttft.slope
@@ -240,7 +250,24 @@ class _Learned:
             step_ms = step_ms**own * usual.step ** (1.0 - own)
             request_ms = own * request_ms + (1.0 - own) * usual.request
             kv_ms = own * kv_ms + (1.0 - own) * usual.kv
+        if usual is not None:
+            # The parts of a fit stand for each other; their sum for a usual request is what was really seen.
+            near = self.near_ms()
+            usual_ms = usual.near + usual.prefill * self.uncached
+            scale = _scale((near + prefill * self.uncached) / usual_ms)
+            if scale is not None:
+                base += usual.near * scale - near
+                prefill, curve = usual.prefill * scale, usual.curve
+            work = self.replica.work
+            usual_ms = usual.step + usual.request * work.running + usual.kv * work.running_tokens
+            scale = _scale((step_ms + request_ms * work.running + kv_ms * work.running_tokens) / usual_ms)
+            if scale is not None:
+                step_ms, request_ms, kv_ms = usual.step * scale, usual.request * scale, usual.kv * scale
+        # Where the way was measured, what else there is at the beginning is somebody's wait, mostly, that the fit could
+        # not tell from it; of a rented replica it is all that is known.
         rtt = max(speed.network_ms, base - step_ms)
+        if speed.network_ms > 0.0 and not self.replica.hosted:
+            rtt = speed.network_ms
         if (
             _differs(prefill, speed.prefill_ms)
             or _differs(step_ms, speed.step_ms)
@@ -287,6 +314,14 @@ class _Learned:
             fit.slope = fit.lowest_slope
 
 
+def _scale(share: float) -> float | None:
+    """How many times the usual something takes: 1 where that is within the noise, None where it is another kind of
+    machine, which has proportions of its own."""
+    if 1.0 / ALIKE < share < ALIKE:
+        return 1.0
+    return share if 1.0 / RELATED < share < RELATED else None
+
+
 def _differs(new: float, old: float) -> bool:
     return abs(new - old) > 0.01 * old
 
@@ -300,6 +335,7 @@ class Calibration:
         has tried would never be, were the start values a thousandfold too slow."""
         self._learned: dict[Replica, _Learned] = {}
         self._relax_at = 0.0
+        self._turn = 0
         self._usual: Usual | None = None
         self._outputs: dict[str | tuple[str, int], tuple[float, int]] = {}
 
@@ -439,10 +475,16 @@ class Calibration:
             self._usual = Usual(
                 median(each.near_ms() for each in known),
                 median(each.ttft.slope for each in known),
+                median(each.ttft.second / each.ttft.slope for each in known),
                 median(each.step.base for each in known),
                 median(each.step.slope for each in known),
                 median(each.step.second for each in known),
             )
+            # What is usual has changed for those as well that are not used just now.
+            some = list(self._learned.values())
+            self._turn = (self._turn + PUBLISHED_AT_ONCE) % len(some)
+            for one in islice(chain(some[self._turn :], some), min(PUBLISHED_AT_ONCE, len(some))):
+                one.publish(self._usual)
         idle = [each for each in self._learned.values() if now - each.touched_at > RELAX_AFTER_S]
         used = [each for each in self._learned.values() if each.ttft.count and now - each.touched_at <= RELAX_AFTER_S]
         if not idle or not used:

@@ -135,7 +135,9 @@ def _replica(fleet: Fleet, workload: Workload, number: int, origin: str, seed: i
         output_usd_per_million=seat.output_usd_per_million,
     )
     # A gateway measures its round trips in any case; the other constants it learns, unless it is told.
-    replica.speed = true_speed(constants, rtt_ms) if fleet.told_speeds else Speed(rtt_ms=rtt_ms)
+    replica.speed = (
+        true_speed(constants, rtt_ms) if fleet.told_speeds else Speed(rtt_ms=rtt_ms, network_ms=rtt_ms)
+    )  # gateways time their connections
     replica.meter.state(constants.max_running, constants.kv_tokens)
     if workload.adapters and constants.adapter_slots:
         replica.adapters = frozenset()

@@ -155,6 +155,10 @@ class Cost:
         limit = best_cost + weights.tie * best_ttft
         near = [replica for replica, cost in zip(candidates, costs, strict=True) if cost <= limit]
         if len(near) > 1:
+            if cached_at is not None:
+                # Work that is saved at no cost, for whoever comes next.
+                most_cached = max([cached_at(replica, 0) for replica in near]) - SESSION_TOKENS
+                near = [replica for replica in near if cached_at(replica, 0) >= most_cached]
             best = near[int(self._rng.random() * len(near))]
         view.predicted_ttft_ms = best_ttft
         view.reason = self._reason(best, view)

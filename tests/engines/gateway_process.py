@@ -138,7 +138,15 @@ def running_gateway(
         "server": {"port": 0},
         "admin": {"port": 0, "token": {"file": str(token)}},
         "usage_log": {"path": str(usage_log)},
-        "models": {MODEL: {"backend": "pool", "upstream_model": upstream_model, "aliases": ["gpt-4o-mini"]}},
+        # By load alone, so that every replica gets a share of prompts that are all alike.
+        "models": {
+            MODEL: {
+                "backend": "pool",
+                "upstream_model": upstream_model,
+                "aliases": ["gpt-4o-mini"],
+                "policy": "least_outstanding",
+            }
+        },
         "backends": {
             "pool": {
                 "engine": engine,

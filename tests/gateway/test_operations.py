@@ -387,6 +387,10 @@ async def order(gateway: ServeProcess, client: httpx2.AsyncClient, method: str, 
     return (await client.request(method, url, json=body, headers={"authorization": f"Bearer {gateway.token}"})).json()
 
 
+BY_LOAD = {"m": {"backend": "pool", "policy": "least_outstanding"}}
+"""All prompts here are alike: the default policy may well keep them where they are cached."""
+
+
 def _draining(workers: list[dict[str, Any]]) -> list[bool | None]:
     return [worker["pools"][0]["replicas"][0]["draining"] if worker["up"] else None for worker in workers]
 
@@ -394,7 +398,7 @@ def _draining(workers: list[dict[str, Any]]) -> list[bool | None]:
 async def test_all_workers_drain_a_replica_and_go_on_with_it(tmp_path: Path, client: httpx2.AsyncClient) -> None:
     async with (
         engines(2, chunks=15, interval_s=0.1) as (first, second),
-        serve_process(tmp_path, [first.url, second.url], "--workers", "3") as gateway,
+        serve_process(tmp_path, [first.url, second.url], "--workers", "3", models=BY_LOAD) as gateway,
     ):
         url = await gateway.url()
         tasks = await streams_under_way(client, url, 12)

@@ -54,6 +54,7 @@ class RedisProxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
+        await asyncio.sleep(0.01)  # connections accepted just now begin to be served, and are known then
         self.cut()
         for task in tuple(self._tasks):
             task.cancel()
@@ -65,6 +66,9 @@ class RedisProxy:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None or not self._server.is_serving():
+            writer.transport.abort()
+            return
         with contextlib.suppress(asyncio.CancelledError):  # by `__aexit__`; asyncio's streams would log it
             await self._pass_on(reader, writer)
 
