@@ -12,7 +12,7 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from gateway.fleet import Pool
-from routing.calibration import RATIOS, TtftError
+from routing.learned import RATIOS, TtftError
 from routing.types import Replica
 
 _LABELS = ("pool", "replica")

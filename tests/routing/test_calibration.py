@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing.calibration import RATIOS, Calibration, Usual, _Learned
+from routing.calibration import Calibration
+from routing.learned import RATIOS, Learned, Usual
 from routing.load import Load
 from routing.router import Flight, PoolState, Router
 from routing.speed import Speed
@@ -459,7 +460,7 @@ def test_replicas_that_are_nearly_as_fast_as_each_other_are_taken_to_be_equal_an
     usual = Usual(near=20.0, prefill=0.05, curve=1e-5, step=10.0, request=0.1, kv=1e-5)
     speeds = []
     for factor in (1.1, 1.3, 2.0):
-        learned = _Learned(Replica("r", "pool", "http://r", "sglang"), 0.0)
+        learned = Learned(Replica("r", "pool", "http://r", "sglang"), 0.0)
         learned.uncached = 1000.0
         learned.ttft.base, learned.ttft.slope, learned.ttft.count = 20.0 * factor, 0.05 * factor, 1000
         learned.step.base, learned.step.slope, learned.step.count = 10.0 * factor, 0.1 * factor, 1000
@@ -473,7 +474,7 @@ def test_replicas_that_are_nearly_as_fast_as_each_other_are_taken_to_be_equal_an
 def test_equal_candidates_are_not_told_apart_by_the_noise_of_their_fits() -> None:
     """The parts of a fit stand for each other: less per token and more at the beginning is the same thing."""
     usual = Usual(near=20.0, prefill=0.05, curve=1e-5, step=10.0, request=0.1, kv=1e-5)
-    learned = _Learned(Replica("r", "pool", "http://r", "sglang"), 0.0)
+    learned = Learned(Replica("r", "pool", "http://r", "sglang"), 0.0)
     learned.uncached = 400.0
     learned.ttft.base, learned.ttft.slope, learned.ttft.count = 32.0, 0.02, 1000
     learned.step.base, learned.step.slope, learned.step.count = 10.0, 0.1, 1000
