@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 FAILURE_RATE = 1 / 20
 MAX_FAILURE = 0.9
+ONE_OF = 4
+"""Of so many requests one teaches, as long as what is learned holds: learning takes a third of what routing costs."""
 RELAX_AFTER_S = 30.0
 RELAX_EVERY_S = 1.0
 RELAX_TO = 1.5
@@ -103,6 +105,16 @@ class Calibration:
             return
         learned = self._of(flight.replica, now)
         learned.advance(now)
+        speed = flight.replica.speed
+        if speed.failure:
+            speed.failure *= 1.0 - FAILURE_RATE
+        if now >= self._relax_at:
+            self._relax(now)
+        if learned.step.count >= SETTLED and learned.ttft.calm and learned.step.calm:
+            learned.skipped += 1
+            if learned.skipped < ONE_OF:
+                return
+            learned.skipped = 0
         uncached = float(flight.tokens - flight.cached)
         if cached_tokens is not None and prompt_tokens:
             # In this request's own measure, which is an estimate where no tokeniser counted it.
@@ -123,13 +135,8 @@ class Calibration:
         if output_tokens is not None and (not turn or early):
             learned.learn_step(flight, now, output_tokens)
             self._learn_output(request, output_tokens)
-        speed = flight.replica.speed
-        if speed.failure:
-            speed.failure *= 1.0 - FAILURE_RATE
         if turn or early:
             learned.publish(self._usual)
-        if now >= self._relax_at:
-            self._relax(now)
 
     def failed(self, flight: Flight, now: float) -> None:
         if flight.replica.retired:

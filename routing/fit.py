@@ -29,6 +29,8 @@ NOISE = 0.1
 TREND_MEMORY = 0.8
 TREND_LIMIT = 0.5
 """Four observations in a row that miss twofold in the same direction reach it, one never does."""
+CALM = 0.1
+"""One observation that misses twofold passes it."""
 HURRY = 1.5
 _RENORMALISE = 1e12
 _SMALLEST, _LARGEST = 1e-6, 1e9
@@ -81,6 +83,11 @@ class Fit:
         self._trend = 0.0
         self._s00 = self._s01 = self._s02 = self._s11 = self._s12 = self._s22 = 0.0
         self._t0 = self._t1 = self._t2 = 0.0
+
+    @property
+    def calm(self) -> bool:
+        """Whether what was observed lately was much as expected."""
+        return -CALM < self._trend < CALM
 
     def expected(self, x1: float, x2: float) -> float:
         return self.base + self.slope * x1 + self.second * x2

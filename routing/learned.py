@@ -106,6 +106,7 @@ class Learned:
         "prefill_ms",
         "replica",
         "running_ms",
+        "skipped",
         "step",
         "tokens_ms",
         "touched_at",
@@ -140,6 +141,8 @@ class Learned:
         self._way_ms = speed.rtt_ms
         self.turn = False
         self.uncached = 0.0
+        self.skipped = 0
+        """Requests since one was learned from."""
         """Of a prompt, on average."""
 
     def advance(self, now: float) -> None:
