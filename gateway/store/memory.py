@@ -250,11 +250,11 @@ class MemoryStore:
         self._messages = MessageLog(secrets.token_hex(8))
         self._kept = KeptBlobs()
         self._followers = Followers()
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._readers = Followers()
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<MemoryStore leases={len(self._leases)} facts={len(self._facts)} waiting={len(self._waiting)}>"
+        return f"<MemoryStore leases={len(self._leases)} facts={len(self._facts)} waiting={len(self._readers)}>"
 
     def claim_now(self, lease: str, holder: str, ttl_s: float) -> bool:
         self._check_open()
@@ -275,13 +275,13 @@ class MemoryStore:
         check_value(value)
         check_ttl(ttl_s)
         self._facts.post(key, value, ttl_s, self._clock())
-        self._wake()
+        self._readers.wake()
 
     def withdraw_now(self, key: str) -> None:
         self._check_open()
         check_name("a key", key)
         if self._facts.withdraw(key, self._clock()):
-            self._wake()
+            self._readers.wake()
 
     def read_now(self, cursor: str) -> Facts:
         self._check_open()
@@ -367,7 +367,7 @@ class MemoryStore:
 
     async def aclose(self) -> None:
         self._closed = True
-        self._wake()
+        self._readers.wake()
         self._followers.wake()
 
     def _check_open(self) -> None:
@@ -379,22 +379,4 @@ class MemoryStore:
         expiry_at = self._facts.next_expiry_at()
         if expiry_at is not None:
             within_s = min(within_s, max(expiry_at - now, EXPIRY_STEP_S))
-        loop = asyncio.get_running_loop()
-        woken = loop.create_future()
-        timer = loop.call_later(within_s, _wake, woken)
-        self._waiting.add(woken)
-        try:
-            await woken
-        finally:
-            timer.cancel()
-            self._waiting.discard(woken)
-
-    def _wake(self) -> None:
-        for woken in self._waiting:
-            _wake(woken)
-        self._waiting.clear()
-
-
-def _wake(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
+        await self._readers.wait(within_s)
