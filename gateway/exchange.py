@@ -33,6 +33,7 @@ from gateway.errors import (
 )
 from gateway.keys.records import PRIORITY_CLASSES
 from gateway.order import EMBEDDINGS, Call, Order, read_order
+from gateway.reading import read_prompt
 from gateway.record import Exchange, Outcome
 from gateway.relay import Relay, UpstreamReply
 from gateway.reply import Headers, Reply
@@ -342,15 +343,6 @@ def _first_content(order: Order, runtime: Runtime, replica: Replica) -> None:
     """Content of the answer has come from this replica."""
     runtime.witness.answered(replica, order.route.pool.replicas)
     order.route.router.first_token(order.request, replica, time.monotonic())
-
-
-def read_prompt(order: Order, exchange: Exchange) -> None:
-    """Tell the router about the prompt."""
-    route, request = order.route, order.request
-    if not route.router.wants_prefix:
-        route.reader.measure(request)
-    elif request.prefix is None:
-        route.reader.read(request, order.path, order.body.fields, exchange.tenant)
 
 
 def _note(exchange: Exchange, order: Order) -> None:

@@ -1,6 +1,6 @@
 """What would become of a request: which replica would get it, why, and why not the others.
 
-The request is read as it is on its way (`gateway.order`, `gateway.exchange.read_prompt`), so that region locks,
+The request is read as it is on its way (`gateway.order`, `gateway.reading.read_prompt`), so that region locks,
 permissions, classes, sessions and adapters count; but it is neither admitted nor sent, no limit is touched, and nothing
 is learned from it. The answer (`routing.explain`) has none of its text.
 """
@@ -20,11 +20,11 @@ import msgspec
 from gateway.answers import none_left
 from gateway.body import parse
 from gateway.errors import InternalError, InvalidRequest
-from gateway.exchange import read_prompt
 from gateway.fleet import ModelRoute
 from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.keys.records import PRIORITY_CLASSES
 from gateway.order import CHAT, INFERENCE_PATHS, Call, Order, read_order
+from gateway.reading import read_prompt
 from gateway.record import Exchange
 from gateway.runtime import Runtime
 from routing.explain import UNDECIDED, explain, rehearsed

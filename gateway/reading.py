@@ -14,6 +14,8 @@ from routing.keys import seed_of, text_prefix
 from routing.types import InferenceRequest
 
 if TYPE_CHECKING:
+    from gateway.order import Order
+    from gateway.record import Exchange
     from gateway.templates import ExactPrompts
 
 FIRST_TOKENS_PER_BYTE = 0.25
@@ -122,3 +124,12 @@ class PromptReader:
                 self._seeds.clear()
             seed = self._seeds[adapter, scope] = seed_of(self._cached_as, adapter=adapter, scope=scope)
         return seed
+
+
+def read_prompt(order: Order, exchange: Exchange) -> None:
+    """Tell the router about the prompt."""
+    route, request = order.route, order.request
+    if not route.router.wants_prefix:
+        route.reader.measure(request)
+    elif request.prefix is None:
+        route.reader.read(request, order.path, order.body.fields, exchange.tenant)

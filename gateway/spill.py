@@ -38,12 +38,13 @@ from gateway.fleet import Fleet, ModelRoute
 from gateway.keys.principal import Principal
 from gateway.keys.records import PRIORITY_CLASSES
 from gateway.order import EMBEDDINGS, Order
+from gateway.reading import read_prompt
 from gateway.record import Exchange, Outcome
 from gateway.relay import Timing
 from routing.policies import make_policy
 from routing.router import PANIC, Router
 from routing.spill import ON_TARGET, Spill
-from routing.types import Decision, InferenceRequest
+from routing.types import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class Overflow:
         target_ms = model.targets_ms[order.band]
         if target_ms is None or not _may_leave(order, caller, model.settings):
             return order
-        _read_prompt(order, exchange)  # a long one has been read in a thread: see `reads`
+        read_prompt(order, exchange)  # a long one has been read in a thread: see `reads`
         route = order.route
         decision = route.router.decide(order.request, route.pool.replicas, now)
         own_ms = self._predicted_ms(order, route, decision, now)
@@ -228,7 +229,7 @@ class Overflow:
         target_ms = model.targets_ms[order.band]
         if target_ms is None or not _may_leave(order, caller, model.settings):
             return None
-        _read_prompt(order, exchange)
+        read_prompt(order, exchange)
         return self._sent(model, order, exchange, target_ms, inf, now, QUEUE_REFUSED)
 
     def settle(self, exchange: Exchange) -> None:
@@ -321,11 +322,8 @@ class Overflow:
         queues = self._gate.rooms.room(pool, now) is not None
         wait_s = self._gate.told.expected_s(pool.name, order.band, now) if queues else 0.0
         ttft_ms = decision.predicted_ttft_ms
-        if decision.replica is None:
-            if not queues or not any(each.reason == "full" for each in decision.excluded):
-                return inf
-        elif ttft_ms is None:
-            ttft_ms = _predicted_alone(route, order.request, decision, now)
+        if decision.replica is None and not (queues and any(each.reason == "full" for each in decision.excluded)):
+            return inf
         if ttft_ms is None and route is not order.route:
             return None  # what is usual is only known of the model's own replicas
         if ttft_ms is None:
@@ -403,24 +401,3 @@ def _obstacle(order: Order, hosted: ModelRoute, decision: Decision) -> str:
     if decision.replica is None or decision.reason in PANIC:
         return HOSTED_UNAVAILABLE
     return ""
-
-
-def _predicted_alone(route: ModelRoute, request: InferenceRequest, decision: Decision, now: float) -> float | None:
-    """The policy's prediction for the only replica there is, of which it was not asked."""
-    router, replica = route.router, decision.replica
-    if not isinstance(router, Router) or replica is None:
-        return None
-    view = router.view(request, now)
-    router.chooser(request, [replica], view)
-    return view.predicted_ttft_ms
-
-
-def _read_prompt(order: Order, exchange: Exchange) -> None:
-    """The prompt's length and keys, which predictions need."""
-    route, request = order.route, order.request
-    if request.prefix is not None:
-        return
-    if route.router.wants_prefix:
-        route.reader.read(request, order.path, order.body.fields, exchange.tenant)
-    else:
-        route.reader.measure(request)
