@@ -3,6 +3,7 @@
     UpstreamError
     ├── ConnectFailed            no connection: refused, unreachable, name unknown, TLS refused
     │   └── ConnectTimeout       ... or not within the connect time-out
+    ├── OutOfSockets             no connection: this process has no descriptor left for one
     ├── PoolTimeout              every allowed connection stayed busy for too long
     ├── PoolClosed               the pool is being drained, or was closed under the request
     ├── HeadTimeout              the request went out, no response head came back in time
@@ -18,6 +19,7 @@ a byte of a request or a response: they end up in logs.
 
 from __future__ import annotations
 
+import errno
 import os
 import ssl
 from socket import gaierror
@@ -66,6 +68,15 @@ class ConnectFailed(UpstreamError):
 
 class ConnectTimeout(ConnectFailed):
     """No connection (TLS handshake included) was made in time; nothing was sent."""
+
+
+class OutOfSockets(UpstreamError):
+    """This process could not open a socket. Says nothing of the server; nothing was sent."""
+
+    fault = "gateway"
+
+    NUMBERS: ClassVar = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+    """No descriptor (of the process, of the system), no memory in the kernel."""
 
 
 class PoolTimeout(UpstreamError):

@@ -349,6 +349,8 @@ class Wire(asyncio.Protocol):
             self._keep_alive = False
 
     def on_body(self, body: bytes) -> None:
+        if not self._head_done:
+            self._stop("an interim response with a body")
         if self._complete:
             raise _Refused  # a body in answer to HEAD
         self._pieces.append(body)

@@ -12,7 +12,16 @@ from collections.abc import Callable
 from math import isfinite
 from time import monotonic
 
-from backends.errors import ConnectFailed, ConnectTimeout, PoolClosed, PoolTimeout, UpstreamError, reason_of
+from backends.addresses import Addresses, connect_first
+from backends.errors import (
+    ConnectFailed,
+    ConnectTimeout,
+    OutOfSockets,
+    PoolClosed,
+    PoolTimeout,
+    UpstreamError,
+    reason_of,
+)
 from backends.http1 import Connection, Wire
 from backends.origin import Origin
 from backends.ticker import Ticker
@@ -57,6 +66,7 @@ class ConnectionPool:
         self._idle_s = idle_s
         self._connect_timeout_s = connect_timeout_s
         self._ssl = (ssl_context or _default_ssl_context()) if origin.tls else None
+        self._addresses = Addresses(origin.host, origin.port)
         self._ticker = Ticker() if ticker is None else ticker
         self.on_connect: Callable[[float], None] | None = None
         """Told how long a connection took to open, in seconds: a round trip, or two with TLS, and what delayed it."""
@@ -111,7 +121,8 @@ class ConnectionPool:
         """An idle connection, else a new one, else the next that becomes free, first come, first served.
 
         `timeout_s` bounds the wait for a free one only; making one takes up to `connect_timeout_s` (default:
-        the pool's). Raises `ConnectFailed`, `PoolTimeout` or `PoolClosed`, all before anything was sent.
+        the pool's). Raises `ConnectFailed`, `OutOfSockets`, `PoolTimeout` or `PoolClosed`, all before anything was
+        sent.
         """
         while True:
             connection = self.acquire_nowait()
@@ -180,6 +191,8 @@ class ConnectionPool:
             reason = "timed out" if error.errno else f"timed out after {limit_s:g} s"
             raise ConnectTimeout(self.address, "connect", reason) from error
         except (OSError, UnicodeError) as error:  # the latter: a name that no resolver takes
+            if isinstance(error, OSError) and error.errno in OutOfSockets.NUMBERS:
+                raise OutOfSockets(self.address, "connect", reason_of(error)) from error
             raise ConnectFailed(self.address, "connect", reason_of(error)) from error
         finally:
             self._connecting -= 1
@@ -194,12 +207,15 @@ class ConnectionPool:
         origin = self.origin
         if origin.uds is not None:
             await loop.create_unix_connection(lambda: wire, origin.uds)
-        elif self._ssl is None:
-            await loop.create_connection(lambda: wire, origin.host, origin.port)
-        else:
-            await loop.create_connection(
-                lambda: wire, origin.host, origin.port, ssl=self._ssl, server_hostname=origin.host
-            )
+            return
+        addresses = await self._addresses.get()
+        name = None if self._ssl is None else origin.host
+        try:
+            sock = await connect_first(addresses)
+        except BaseException:  # running out of time is one of the ways
+            self._addresses.doubt()
+            raise
+        await loop.create_connection(lambda: wire, sock=sock, ssl=self._ssl, server_hostname=name)
 
     def _the_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:

@@ -6,7 +6,7 @@ They travel on connections of their own, so that a fleet busy to its last connec
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -87,9 +87,11 @@ class SideChannel:
         origin: str,
         path_prefix: str = "",
         headers: Sequence[tuple[str, str]] = (),
+        headers_now: Callable[[], Sequence[tuple[str, str]]] | None = None,
         timeout_s: float = 5.0,
         ticker: Ticker | None = None,
     ) -> None:
+        """`headers_now` is asked at each question for headers on top of `headers`."""
         address = Origin.parse(origin)
         transport = LeanTransport(uds=address.uds, max_connections=4, ticker=ticker)
         base = "http://localhost" if address.uds is not None else origin
@@ -98,6 +100,7 @@ class SideChannel:
         self.host = None if address.uds is not None else address.host
         """Name or address of the machine; None for a socket, which is on this one."""
         self._timeout_s = timeout_s
+        self._headers_now = headers_now
         self._base = base + path_prefix
         # Bodies are read as they come: unless told otherwise, httpx asks for gzip, which proxies gladly send.
         own = [("accept-encoding", "identity"), ("user-agent", "tidegate")]
@@ -116,7 +119,9 @@ class SideChannel:
     async def _ask(self, method: str, path: str, content: bytes | None, timeout_s: float | None) -> Answer:
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         timeout = httpx2.Timeout(limit_s, connect=min(CONNECT_S, limit_s))
-        headers = {} if content is None else {"content-type": "application/json"}
+        headers = {} if self._headers_now is None else dict(self._headers_now())
+        if content is not None:
+            headers["content-type"] = "application/json"
         url = self._base + path
         body = bytearray()
         # The base is kept out of messages where it is a socket: "localhost" would mislead.

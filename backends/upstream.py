@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from backends.dialects import Dialect
 from backends.dialects.protocol import Adapter, EngineInfo, NotOffered
@@ -21,12 +23,16 @@ from backends.pool import ConnectionPool
 from backends.side import SideChannel
 from backends.signals import Signals
 from backends.ticker import Ticker
+from routing.credential import Credential, Credentials
 from routing.types import Replica
 
 logger = logging.getLogger(__name__)
 
 _ABORT_TIMEOUT_S = 2.0
+_SECRET_LENGTH = 12
+"""No key is shorter, and few words of other headers are as long."""
 _USER_AGENT = b"tidegate"
+_FIXED = b"host: %b\r\nuser-agent: %b\r\naccept-encoding: identity\r\ncontent-type: application/json\r\n"
 
 
 class Upstream:
@@ -40,6 +46,8 @@ class Upstream:
         origin: str,
         path_prefix: str = "",
         headers: Sequence[tuple[str, str]] = (),
+        keys: Credentials | None = None,
+        key_headers: Sequence[Sequence[tuple[str, str]]] = (),
         hosted: bool = False,
         max_connections: int,
         idle_s: float,
@@ -47,7 +55,10 @@ class Upstream:
         side_timeout_s: float = 5.0,
         ticker: Ticker,
     ) -> None:
-        """`headers` go with every request, the credential among them."""
+        """`headers` go with every request, the credential among them.
+
+        Where there are several `keys`, `key_headers` has the headers for each of them, in their order.
+        """
         self.replica = replica
         self.dialect = dialect
         self.hosted = hosted
@@ -77,32 +88,66 @@ class Upstream:
             connect_timeout_s=connect_timeout_s,
             ticker=ticker,
         )
+        several = keys is not None and len(keys.keys) > 1
+        self.keys: Credentials | None = keys if several else None
+        """What it is called with, where that has to be chosen; None where there is one key at most."""
         self.side = SideChannel(
-            origin=origin, path_prefix=path_prefix, headers=headers, timeout_s=side_timeout_s, ticker=ticker
+            origin=origin,
+            path_prefix=path_prefix,
+            headers=() if several else headers,
+            headers_now=self._usable_headers if several else None,
+            timeout_s=side_timeout_s,
+            ticker=ticker,
         )
         self._path_prefix = path_prefix.encode()
-        self._fixed = b"host: %b\r\nuser-agent: %b\r\naccept-encoding: identity\r\n" % (
-            address.host_header,
-            _USER_AGENT,
-        )
-        self._fixed += b"content-type: application/json\r\n"
-        for name, value in headers:
-            self._fixed += b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1"))
+        self._fixed = _FIXED % (address.host_header, _USER_AGENT)
         self._heads: dict[str, bytes] = {}
+        self._own_lines = _lines(headers)
+        self._secrets = _secrets([headers, *key_headers])
+        self._key_headers = dict(zip(keys.keys, key_headers, strict=True)) if several and keys is not None else {}
+        self._key_heads: dict[tuple[str, Credential], bytes] = {}
+
+    def hidden(self, said: dict[str, Any]) -> dict[str, Any]:
+        """The replica's own words without the credentials that it was shown: some APIs repeat a key they refuse."""
+        if self._secrets is None:
+            return said
+        hide = self._secrets.sub
+        return {name: hide("***", value) if isinstance(value, str) else value for name, value in said.items()}
 
     def request(
-        self, path: str, body: bytes, request_id: str, passed_on: Sequence[tuple[bytes, bytes]] = ()
+        self,
+        path: str,
+        body: bytes,
+        request_id: str,
+        passed_on: Sequence[tuple[bytes, bytes]] = (),
+        key: Credential | None = None,
     ) -> list[bytes]:
-        """The whole request, head and body, as pieces to be written together."""
-        head = self._heads.get(path)
+        """The whole request, head and body, as pieces to be written together. `key`: one of `keys`, where there are
+        any."""
+        head = self._heads.get(path) if key is None else self._key_heads.get((path, key))
         if head is None:
-            head = b"POST %b%b HTTP/1.1\r\n%b" % (self._path_prefix, path.encode(), self._fixed)
-            self._heads[path] = head
+            head = self._head(path, key)
         extra = b"".join([b"%b: %b\r\n" % header for header in passed_on]) if passed_on else b""
         return [
             b"%bx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n" % (head, request_id.encode(), len(body), extra),
             body,
         ]
+
+    def _head(self, path: str, key: Credential | None) -> bytes:
+        lines = self._own_lines if key is None else _lines(self._key_headers[key])
+        head = b"POST %b%b HTTP/1.1\r\n%b%b" % (self._path_prefix, path.encode(), self._fixed, lines)
+        if key is None:
+            self._heads[path] = head
+        else:
+            self._key_heads[path, key] = head
+        return head
+
+    def _usable_headers(self) -> Sequence[tuple[str, str]]:
+        """For questions aside: with the first key that is not refused, whatever model it is limited for."""
+        assert self.keys is not None
+        now = time.monotonic()
+        key = next((each for each in self.keys.keys if now >= each.until), self.keys.keys[0])
+        return self._key_headers[key]
 
     def check_progress(self, engine_progressed: bool, now: float) -> None:
         """Look for progress on the requests whose silence would mean something; about once a second."""
@@ -170,6 +215,10 @@ class Upstream:
         await self.side.aclose()
 
 
+def _lines(headers: Sequence[tuple[str, str]]) -> bytes:
+    return b"".join(b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
+
+
 class _Ignored:
     """A consumer for answers that nobody needs."""
 
@@ -177,3 +226,9 @@ class _Ignored:
     def on_data(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
     def on_error(self, error: UpstreamError) -> None: ...
+
+
+def _secrets(headers: Sequence[Sequence[tuple[str, str]]]) -> re.Pattern[str] | None:
+    """Finds what may be a credential in the values of these headers: any long word."""
+    words = {word for each in headers for _, value in each for word in value.split() if len(word) >= _SECRET_LENGTH}
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True)))) if words else None

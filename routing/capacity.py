@@ -3,6 +3,7 @@
 What the configuration says is believed, then what the engine states of itself, then what its load reports show. The
 last can only lower what is stated: an engine started for 256 requests runs 40 of them when its KV cache holds no more
 of these prompts, and it is the 41st that should wait here, in fair order, instead of there, in order of arrival.
+Where nobody says anything, what the replica refuses is learned from (`routing.concurrency`).
 
 Capacity is the engine's, whoever uses it. Requests of other clients at the same engine count among those it runs, so
 an engine that is shared with others needs `max_in_flight`: the gateway's part of it.
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from routing.concurrency import FLOOR, Learned
+
 if TYPE_CHECKING:
     from routing.types import Replica
 
@@ -22,7 +25,7 @@ FALL = 1 / 8
 GROWTH = 1.25
 """Factor by which it grows with each report of an engine that runs all of it and has nobody waiting."""
 
-CONFIGURED, STATED, MEASURED = "configured", "stated", "measured"
+CONFIGURED, STATED, MEASURED, LEARNED = "configured", "stated", "measured", "learned"
 
 UNREACHABLE = frozenset({"cooling_down", "not_ready"})
 """Reasons by which a replica fails at once: it refuses connections, or answers that it takes no work."""
@@ -87,15 +90,16 @@ class Capacity:
     tokens: int | None = None
     """KV-cache tokens: prompts and answers of all its requests."""
     source: str | None = None
-    """Who says so of the requests: `configured`, `stated` (by the engine) or `measured`."""
+    """Who says so of the requests: `configured`, `stated` (by the engine), `measured` (its load reports) or `learned`
+    (what it refused)."""
 
     def dispatch(self, headroom: int) -> int | None:
         """Requests to have there at once: a few more than it runs, so that none of its places is ever empty.
 
-        A configured number is not exceeded. A measured one always is, by one at least: what the engine makes of one
-        more is the only way to see that it could run more.
+        A configured number is not exceeded, nor is a learned one, beyond which requests are refused. A measured one
+        always is, by one at least: what the engine makes of one more is the only way to see that it could run more.
         """
-        if self.requests is None or self.source == CONFIGURED:
+        if self.requests is None or self.source in (CONFIGURED, LEARNED):
             return self.requests
         return self.requests + max(headroom, 1 if self.source == MEASURED else 0)
 
@@ -103,12 +107,14 @@ class Capacity:
 class Meter:
     """Everything known of one replica's capacity. `capacity` is made anew with each change, to be read at any time."""
 
-    __slots__ = ("_configured", "_stated", "capacity", "measured")
+    __slots__ = ("_configured", "_stated", "capacity", "learned", "measured")
 
     def __init__(self) -> None:
         self._configured: tuple[int | None, int | None] = (None, None)
         self._stated: tuple[int | None, int | None] = (None, None)
         self.measured = Measured()
+        self.learned: Learned | None = None
+        """None before the first refusal, and where anybody says how much it takes. Each answer looks at it."""
         self.capacity = Capacity()
 
     def configure(self, requests: int | None, tokens: int | None) -> None:
@@ -124,7 +130,28 @@ class Meter:
     def observe(self, running: int | None, waiting: int | None) -> None:
         """One load report."""
         self.measured = self.measured.after(running, waiting)
+        if self.measured.waited_before is not None:
+            self.learned = None
         self._settle()
+
+    def refused(self, in_flight: int, now: float, *, said: bool = True) -> None:
+        """It is too busy for one more beside so many: it said so, or (`said` false) no first token came in time.
+
+        A silence alone begins no limit: a request can hang for reasons of its own. Nor does a refusal beside next to
+        nothing, which is about a rate or a quota.
+        """
+        if self._configured[0] is not None or self._stated[0] is not None or self.measured.waited_before is not None:
+            return
+        if self.learned is not None:
+            self.learned.refused(in_flight, now)
+        elif said and in_flight >= FLOOR:
+            self.learned = Learned(in_flight, now)
+        self._settle()
+
+    def answered(self, in_flight: int, now: float) -> None:
+        """It has answered one. Only for a meter that has `learned` something."""
+        if self.learned is not None and self.learned.answered(in_flight, now):
+            self._settle()
 
     def begin_anew(self) -> None:
         """The engine has restarted, perhaps with other settings."""
@@ -133,21 +160,28 @@ class Meter:
         self._settle()
 
     def _settle(self) -> None:
-        fresh = derive(self._configured, self._stated, self.measured.requests)
+        learned = None if self.learned is None else self.learned.requests
+        fresh = derive(self._configured, self._stated, self.measured.requests, learned)
         if fresh != self.capacity:
             self.capacity = fresh
 
 
 def derive(
-    configured: tuple[int | None, int | None], stated: tuple[int | None, int | None], measured: int | None
+    configured: tuple[int | None, int | None],
+    stated: tuple[int | None, int | None],
+    measured: int | None,
+    learned: int | None = None,
 ) -> Capacity:
-    """A replica's capacity from what the configuration, the engine and its reports say of requests and tokens."""
+    """A replica's capacity from what the configuration, the engine, its reports and its refusals say of requests, and
+    the first two of tokens."""
     tokens = configured[1] if configured[1] is not None else stated[1]
     if configured[0] is not None:
         return Capacity(configured[0], tokens, CONFIGURED)
     if stated[0] is not None and (measured is None or stated[0] <= measured):
         return Capacity(stated[0], tokens, STATED)
-    return Capacity(measured, tokens, None if measured is None else MEASURED)
+    if measured is not None:
+        return Capacity(measured, tokens, MEASURED)
+    return Capacity(learned, tokens, None if learned is None else LEARNED)
 
 
 def pool_capacity(replicas: Sequence[Replica], headroom: int, now: float) -> tuple[int | None, int | None]:
@@ -183,6 +217,8 @@ def pool_capacity(replicas: Sequence[Replica], headroom: int, now: float) -> tup
 
 
 def set_ceilings(replicas: Sequence[Replica], headroom: int | None) -> None:
-    """Have each replica be "full" at its own capacity and headroom; without one (no queue) at none but its limit."""
+    """Have each replica be "full" at its own capacity and headroom; without one (no queue) at none but its limit, and
+    at what it was seen to refuse."""
     for each in replicas:
-        each.ceiling = None if headroom is None else each.meter.capacity.dispatch(headroom)
+        capacity = each.meter.capacity
+        each.ceiling = capacity.dispatch(headroom or 0) if headroom is not None or capacity.source == LEARNED else None

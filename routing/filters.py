@@ -13,6 +13,12 @@ SOFT = frozenset({"cooling_down", "ejected", "half_open", "not_ready", "unrespon
 An attempt costs less than a refusal that may no longer be true. All other reasons are facts.
 """
 
+RATE_LIMITED = "rate_limited"
+"""The server, or the provider behind the key, has said when it may be asked for this model again. A fact, and before
+then it is not asked."""
+_GRAVER = frozenset({"draining", "credential_refused"})
+"""Reasons that are given rather than a rate limit: the end of that would not help."""
+
 TOO_LONG = "context_length"
 """The prompt and the output that is asked for do not fit. The length may be an estimate: where they fit nowhere, the
 engine is left to say so."""
@@ -30,6 +36,8 @@ def exclusion_reason(request: InferenceRequest, replica: Replica, now: float, tr
     if replica in tried:
         return "already_tried"
     reason = replica.unavailable_reason(now)
+    if now < replica.paused_until and reason not in _GRAVER and replica.limited_until(request.model, now):
+        return RATE_LIMITED
     if reason is None and not fits(request, replica):
         return TOO_LONG
     return reason

@@ -27,7 +27,7 @@ from random import Random
 from typing import Protocol
 
 from routing.cooldown import FIRST_COOLDOWN_S, MAX_COOLDOWN_S, Cooldown
-from routing.credential import Credential
+from routing.credential import Credential, Credentials
 from routing.ejection import Ejection, Rules
 from routing.evidence import Change, Evidence, HealthState
 
@@ -37,6 +37,7 @@ __all__ = [
     "Change",
     "Cooldown",
     "Credential",
+    "Credentials",
     "Evidence",
     "Health",
     "HealthState",
@@ -250,6 +251,11 @@ class Health:
             return False
         life = self._last_life()
         return life < self._probe_failed_since and now - life >= ALIVE_S
+
+    def silent(self, now: float) -> bool:
+        """Whether it has been unresponsive for so long that what waits there waits in vain: `stall_s` without a sign of
+        life, three probes unanswered among it. A whole answer shows no progress by itself."""
+        return self._unresponsive(now) and now - self._last_life() >= self.rules.stall_s
 
     def _last_life(self) -> float:
         return max(self.progressed_at, self._alive_at, self._engine_progressed_at)

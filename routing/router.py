@@ -280,6 +280,11 @@ class Router:
             return
         flight.first_token_at = now
         replica.work.begin(flight.tokens - flight.cached, flight.tokens, now)
+        learned = replica.meter.learned
+        if learned is not None:
+            speed = replica.speed
+            alone_ms = speed.rtt_ms + speed.step_ms + speed.prefill_ms * (flight.tokens - flight.cached)
+            learned.first_token((now - flight.dispatched_at) * 1000.0, max(1.0, alone_ms))
         self.state.calibration.first_token(flight, now)
 
     def finished(

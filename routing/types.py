@@ -14,9 +14,10 @@ from typing import Protocol
 
 from routing.adapters import Shelf
 from routing.capacity import Meter
-from routing.credential import Credential
+from routing.credential import Credentials
 from routing.health import Cooldown, Health
 from routing.load import Load
+from routing.pause import Pauses
 from routing.prefix import Prefix
 from routing.speed import Speed
 from routing.work import Work
@@ -72,8 +73,12 @@ class Replica:
     streams: int = 0
     """Those of the requests in flight that are streamed."""
     health: Health = field(default_factory=Health)
-    credential: Credential | None = None
-    """The key it is called with, shared with the other replicas that are called with the same one."""
+    credential: Credentials | None = None
+    """The keys it is called with, shared with the other replicas that are called with the same ones."""
+    limits: Pauses = field(default_factory=Pauses)
+    """Models that it has asked not to be asked for just now, whatever the key."""
+    paused_until: float = 0.0
+    """No pause, of its own or of its keys, ends later: what a request looks at first."""
     load: Load | None = None
     """The engine's last report about itself; None before the first, or where it makes none."""
     meter: Meter = field(default_factory=Meter)
@@ -136,6 +141,13 @@ class Replica:
         if reason is None and self.ceiling is not None and self.in_flight >= self.ceiling:
             return "full"
         return reason
+
+    def limited_until(self, model: str, now: float) -> float:
+        """When it may be asked for this model again; 0.0 when it may be now, as far as rate limits go."""
+        if now >= self.paused_until:
+            return 0.0
+        ends = self.limits.until(model, now)
+        return ends if self.credential is None else max(ends, self.credential.limited_until(model, now))
 
     @property
     def at_limit(self) -> bool:

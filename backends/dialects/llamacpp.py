@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from backends.dialects.assemble import Assembler
-from backends.dialects.openai import ABSENT, OpenAI, models_in, readiness
+from backends.dialects.openai import ABSENT, OpenAI, going_on, models_in, readiness
 from backends.dialects.protocol import (
     CHAT,
     COMPLETIONS,
@@ -78,6 +78,7 @@ class LlamaCpp(OpenAI):
     engine lives."""
     must_know_adapters = True
     strands_requests = True
+    completion_tokens = None
 
     def prepare(self, wish: Wish) -> Prepared:
         prepared = super().prepare(wish)
@@ -98,6 +99,15 @@ class LlamaCpp(OpenAI):
                 prepared.values["return_progress"] = b"false"  # reports of a stream, no part of a whole answer
             prepared.translation = Assembler(choices_of(wish), unsaid="")
         return prepared
+
+    def counting(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """A chunk may have several tokens: an emoji is mostly three, of which none is sent before the last."""
+        return {} if fields.get("timings_per_token") else {"timings_per_token": True}
+
+    def prefilled(self, fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """Builds of before May 2026 do not know the flags; they go on with an assistant's message that comes last,
+        unless they were started with `--no-prefill-assistant`."""
+        return going_on(fields, text)
 
     def model_for(self, wish: Wish) -> str | None:
         return wish.model

@@ -67,6 +67,34 @@ def models_in(tree: Any) -> list[dict[str, Any]]:
     return [each for each in data if isinstance(each, dict) and isinstance(each.get("id"), str)]
 
 
+def with_beginning(fields: Mapping[str, Any], text: str) -> list[Any]:
+    """The messages, and the beginning of the assistant's answer after them. Raises `NotOffered`."""
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise NotOffered("the request has no list of messages")
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def continuous_usage(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`counting` in the words of vLLM, which SGLang has taken over."""
+    options = fields.get("stream_options")
+    if not isinstance(options, dict | None) or (options and options.get("continuous_usage_stats")):
+        return {}
+    return {"stream_options": {**(options or {}), "include_usage": True, "continuous_usage_stats": True}}
+
+
+def going_on(fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """`continuation` of a chat as transformers, vLLM and llama.cpp have it, where the two flags belong together."""
+    return {"messages": with_beginning(fields, text), "continue_final_message": True, "add_generation_prompt": False}
+
+
+def _one_prompt(fields: Mapping[str, Any]) -> str:
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, str):
+        raise NotOffered("only a prompt that is one text can be continued")  # tokens would have to be made of the rest
+    return prompt
+
+
 def is_about_money(error: Mapping[str, Any]) -> bool:
     """Whether a provider says that the account is used up, which OpenAI says with the status of a rate limit (429).
 
@@ -82,10 +110,13 @@ class OpenAI:
     hosted = False
     priority = Priority.NONE
     reserved: frozenset[str] = frozenset()
+    risky: frozenset[str] = frozenset({"chat_template"})  # Jinja that the engine runs
     must_know_adapters = False
     adapters_by_path = False
     loads_adapters = False
     strands_requests = False
+    completion_tokens: int | None = 16
+    """Of a text completion that does not say `max_tokens`; None: as many as there is room for."""
 
     def head_fields(self, api_key: str | None) -> Sequence[tuple[str, str]]:
         return [] if api_key is None else [("authorization", f"Bearer {api_key}")]
@@ -127,7 +158,8 @@ class OpenAI:
 
     def is_overload(self, status: int, error: Mapping[str, Any]) -> bool:
         """Whether an error answer means "too much work just now"; part of `judge_error`, for engines to refine."""
-        if status in (429, 529):
+        # 409 and 425: a lock, or a request that came too early; OpenAI's own clients come back after either.
+        if status in (409, 425, 429, 529):
             return True
         if status != 503:
             return False
@@ -136,6 +168,25 @@ class OpenAI:
 
     def abort_request(self, request_id: str) -> tuple[str, bytes] | None:
         return None
+
+    def continuation(self, path: str, fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """A text completion goes on from prompt and text; OpenAI's chat API cannot be told to go on with a message."""
+        if self.hosted:
+            raise NotOffered(f"{self.name} bills what it has begun, and answers anew")
+        if path == COMPLETIONS:
+            # What is left is counted from what the answer may have, also where the request does not say it.
+            assumed = {} if self.completion_tokens is None else {"max_tokens": self.completion_tokens}
+            return {"prompt": _one_prompt(fields) + text, **(assumed if fields.get("max_tokens") is None else {})}
+        if path == CHAT:
+            return self.prefilled(fields, text)
+        raise NotOffered("only completions can be continued")
+
+    def counting(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def prefilled(self, fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """`continuation` of a chat, for engines to refine. Raises `NotOffered`."""
+        raise NotOffered(f"{self.name} servers cannot be told to go on with a message")
 
     async def probe(self, side: SideChannel, model: str | None) -> Readiness:
         """`GET /v1/models/{id}`: cheap, authenticated, no generation. Servers without it are asked for the list.

@@ -87,6 +87,8 @@ class Wish(msgspec.Struct, frozen=True, gc=False):
     """Which way this server reads priorities, as it says itself; None: the dialect's."""
     dp_rank: int | None = None
     """Data-parallel rank to run on; None lets the engine choose."""
+    cache_salt: str | None = None
+    """What the engine is to keep this request's cache apart by, instead of what the caller says; None: nothing."""
 
 
 class Prepared(msgspec.Struct, gc=False):
@@ -180,6 +182,8 @@ class EngineInfo:
     role: str | None = None
     """`prefill` or `decode` in a disaggregated deployment; None for both."""
     kv_events: KvEventsEndpoint | None = None
+    trims_text: bool = False
+    """Its chat template takes white space off the end of a text that it is to go on from (`Dialect.continuation`)."""
     lacks: tuple[tuple[str, str], ...] = ()
     """Signals that this server is known to be without, each with the reason: ("cached_tokens", "start it with …")."""
 
@@ -216,6 +220,8 @@ class Dialect(Protocol):
     priority: Priority
     reserved: frozenset[str]
     """Body fields that steer the engine itself (ranks, files, other hosts): the gateway sets them, clients may not."""
+    risky: frozenset[str]
+    """Body fields that are code, or that have stopped engines: clients may set those that the operator allows."""
     must_know_adapters: bool
     """Requests have to name every adapter that it holds, those for the base model too."""
     adapters_by_path: bool
@@ -248,6 +254,21 @@ class Dialect(Protocol):
 
     def abort_request(self, request_id: str) -> tuple[str, bytes] | None:
         """Path and JSON body of the POST that stops a running request; None when closing the connection must do."""
+        ...
+
+    def continuation(self, path: str, fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """The top-level fields to set so that the engine goes on from `text`, which is the beginning of its answer.
+
+        `fields`: the body that was answered so far; `text` is not empty. What the engine then sends is what comes
+        after `text`, without it. Raises `NotOffered` where its published API has no such thing.
+        """
+        ...
+
+    def counting(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The top-level fields that have every chunk of a stream tell its tokens so far, in `usage` or `timings`.
+
+        Empty where the engine cannot, and where `fields`, the caller's, ask for it already.
+        """
         ...
 
     # Beside it. All may raise `SideChannelError`; those marked so also `NotOffered`.

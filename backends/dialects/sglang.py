@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from backends.dialects import sglang_report as report
-from backends.dialects.openai import ABSENT, OpenAI, models_in, readiness
+from backends.dialects.openai import ABSENT, OpenAI, continuous_usage, models_in, readiness, with_beginning
 from backends.dialects.protocol import (
     CHAT,
     COMPLETIONS,
@@ -71,6 +71,22 @@ class SGLang(OpenAI):
             "session_params",  # continues, replaces or aborts requests of a session, anybody's, by id
             "session_id",  # the cache of a session, likewise
             "custom_logit_processor",  # pickled code that the engine runs
+            "custom_params",  # its arguments
+            "custom_labels",  # labels of the engine's own metrics, one series for each value
+        }
+    )
+    risky = frozenset(
+        {
+            "chat_template",  # Jinja that the engine runs
+            "stop_regex",  # searched in the text after each token, by the process that serves everybody
+            "input_ids",  # the prompt in place of the messages, which is not what the gateway has counted
+            "embed_overrides",  # tensors in place of tokens
+            "mm_processor_kwargs",  # arguments of code of the model's
+            "images_config",  # the same, for single kinds of media
+            "video_config",
+            "return_hidden_states",  # a vector of thousands of numbers for each token, as JSON
+            "return_routed_experts",  # the same of experts
+            "return_sampling_mask",  # the same of the vocabulary
         }
     )
 
@@ -83,6 +99,9 @@ class SGLang(OpenAI):
         # Embeddings have no such field.
         if wish.dp_rank is not None and wish.path in (CHAT, COMPLETIONS):
             values["routed_dp_rank"] = b"%d" % wish.dp_rank
+        if wish.cache_salt is not None and wish.path in (CHAT, COMPLETIONS):
+            # It stands before the caller's `extra_key`, and is of one length: no two tenants can make the same of both.
+            values["cache_salt"] = msgspec.json.encode(wish.cache_salt)
         return prepared
 
     def model_for(self, wish: Wish) -> str | None:
@@ -101,6 +120,17 @@ class SGLang(OpenAI):
 
     def abort_request(self, request_id: str) -> tuple[str, bytes] | None:
         return "/abort_request", msgspec.json.encode({"rid": request_id})
+
+    def counting(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return continuous_usage(fields)
+
+    def prefilled(self, fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """0.5.23 renders the chat up to where the assistant speaks, and appends the tokens of the text as it is.
+
+        `add_generation_prompt` must not be false, which would leave out the words that begin the assistant's turn; its
+        `/v1/chat/completions` does not know the field, newer versions may.
+        """
+        return {"messages": with_beginning(fields, text), "continue_final_message": True, **_turn_begun(fields)}
 
     async def probe(self, side: SideChannel, model: str | None) -> Readiness:
         """`GET /ready`; versions without it are asked for `/health`, which generates a token and has its time."""
@@ -151,6 +181,10 @@ class SGLang(OpenAI):
 
     async def unload_adapter(self, side: SideChannel, name: str) -> None:
         await _change_adapters(side, "/unload_lora_adapter", {"lora_name": name})
+
+
+def _turn_begun(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"add_generation_prompt": True} if "add_generation_prompt" in fields else {}
 
 
 def _set_priority(values: dict[str, bytes], wish: Wish) -> None:

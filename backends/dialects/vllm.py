@@ -16,7 +16,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backends.dialects.openai import ABSENT, OpenAI, models_in, readiness
+import msgspec
+
+from backends.dialects.openai import ABSENT, OpenAI, continuous_usage, going_on, models_in, readiness
 from backends.dialects.protocol import (
     Adapter,
     AdapterRefused,
@@ -69,6 +71,18 @@ class VLLM(OpenAI):
             "ec_transfer_params",  # the same for the outputs of an encoder
             "vllm_xargs",  # lands beside those two in `extra_args`, where connectors look for their own settings
             "request_id",  # some connectors read the addresses of both servers out of it (moriio)
+            "stream_interval",  # streams that speak so seldom would be taken for those of an engine that hangs
+        }
+    )
+    risky = frozenset(
+        {
+            "chat_template",  # Jinja that the engine runs, where it was told to trust requests
+            "prompt_embeds",  # tensors that torch reads (CVE-2025-62164)
+            "media_io_kwargs",  # how many frames of a video are decoded, and by what
+            "mm_processor_kwargs",  # arguments of code of the model's
+            "guided_decoding_backend",  # which compiler is to read a grammar; older versions
+            "mm_payload",  # have whole tensors of pictures sent back
+            "return_mm_kwargs",  # the same before it was renamed
         }
     )
 
@@ -77,17 +91,37 @@ class VLLM(OpenAI):
         # 0 is vLLM's own default: not said, unless it has to take the place of the caller's.
         if wish.urgency or (wish.urgency is not None and "priority" in wish.fields):
             prepared.values["priority"] = b"%d" % -wish.urgency
+        if wish.cache_salt is not None:
+            prepared.values["cache_salt"] = msgspec.json.encode(wish.cache_salt)
         return prepared
 
     def model_for(self, wish: Wish) -> str | None:
         return wish.model if wish.adapter is None else wish.adapter
+
+    def continuation(self, path: str, fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """0.32.0 begins an answer to a prompt that ends in U+FFFD with the whole prompt, taking the end for half a
+        character that has only now become whole."""
+        if text.endswith("\ufffd"):
+            raise NotOffered("vLLM repeats a prompt that ends in a character which cannot be read")
+        return super().continuation(path, fields, text)
+
+    def counting(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return continuous_usage(fields)
+
+    def prefilled(self, fields: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """Both flags belong together: 0.32.0 answers 400 when both are true, and `add_generation_prompt` is by default.
+
+        A template that trims what assistants say (Llama 3's) takes white space from the end of the text, and the
+        answer goes on as if it had not been sent (`render_jinja_template` in transformers): `EngineInfo.trims_text`.
+        """
+        return going_on(fields, text)
 
     async def probe(self, side: SideChannel, model: str | None) -> Readiness:
         """`GET /health`, which asks whether the engine process is alive and generates nothing."""
         return readiness(await side.get("/health"))
 
     async def info(self, side: SideChannel) -> EngineInfo:
-        """From `/version`, `/v1/models`, `/metrics` and `/kv_event_sources`.
+        """From `/version`, `/v1/models`, `/metrics`, `/kv_event_sources` and, for its chat template, `/tokenize`.
 
         The epoch is the start of the HTTP process, which ends with its engine; several HTTP processes
         (`--api-server-count`) do not publish it.
@@ -113,6 +147,7 @@ class VLLM(OpenAI):
             block_size=block_size,
             dp_size=dp_size,
             kv_events=_kv_events(sources, block_size, dp_size),
+            trims_text=await _trims(side),
         )
 
     async def load(self, side: SideChannel, dp_rank: int | None) -> EngineLoad:
@@ -240,6 +275,19 @@ def _kv_events(sources: Mapping[str, Any], block_size: int | None, dp_size: int)
         block_size=block_size,
         dp_size=max(dp_size, len(ranked)),
     )
+
+
+async def _trims(side: SideChannel) -> bool:
+    """Whether a text with white space at its end is the same to it as without; False where it does not tell."""
+    counts = []
+    for text in ("a", "a\n"):
+        content = going_on({"messages": [{"role": "user", "content": "a"}]}, text)
+        try:
+            answer = await side.post("/tokenize", content)
+            counts.append(count_or_none(answer.json_object().get("count")) if answer.ok else None)
+        except SideChannelError:
+            return False
+    return counts[0] is not None and counts[0] == counts[1]
 
 
 async def _object(side: SideChannel, path: str) -> dict[str, Any]:

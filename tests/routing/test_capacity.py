@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.capacity import Capacity, Measured, Meter, derive, pool_capacity, set_ceilings
-from routing.credential import Credential
+from routing.credential import Credential, Credentials
 from routing.types import Replica
 
 REPORTS = st.lists(
@@ -212,7 +212,7 @@ def test_one_replica_of_unknown_capacity_makes_the_sum_unknown_unless_it_is_away
 
 
 def test_nothing_waits_for_a_pool_in_which_nothing_can_serve() -> None:
-    locked = replica(8, 4096, credential=Credential())
+    locked = replica(8, 4096, credential=Credentials([Credential()]))
     assert locked.credential is not None
     locked.credential.until = 60.0
     unready = replica(8, 4096)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routing.credential import Credential
+from routing.credential import Credential, Credentials
 from routing.filters import SOFT, exclusion_reason
 from routing.health import HealthState
 from routing.types import InferenceRequest, Replica
@@ -25,7 +25,7 @@ def test_an_adapter_must_be_known_to_be_resident() -> None:
 
 
 def test_facts_are_named_before_suspicions_so_that_panic_cannot_overrule_them() -> None:
-    credential = Credential()
+    credential = Credentials([Credential()])
     credential.refused(0.0)
     one = replica(
         region="mars", adapters=frozenset(), draining=True, max_in_flight=1, in_flight=1, credential=credential

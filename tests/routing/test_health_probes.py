@@ -172,3 +172,15 @@ def test_without_probes_an_idle_replica_gets_another_chance() -> None:
     now = watch(health, NOW, 30)
     assert health.unavailable_reason(watch(health, now + 1.0, 29, in_flight=0)) == "stalled"
     assert health.unavailable_reason(watch(health, now + 31.0, 0, in_flight=0)) is None
+
+
+def test_what_waits_is_given_up_only_after_a_longer_silence() -> None:
+    health = Health()
+    health.probed(True, NOW)
+    now = silent(health, NOW + 5.0)
+    assert health.unavailable_reason(now) == "unresponsive"
+    assert not health.silent(now)
+    assert not health.silent(NOW + health.rules.stall_s - 0.1)
+    assert health.silent(NOW + health.rules.stall_s)
+    health.progressed_at = NOW + 20.0
+    assert not health.silent(NOW + health.rules.stall_s)

@@ -8,7 +8,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.credential import Credential
+from routing.credential import Credential, Credentials
 from routing.filters import SOFT
 from routing.health import Evidence, observe
 from routing.policies.balanced import LeastOutstanding
@@ -198,7 +198,7 @@ def test_when_all_are_unwell_in_different_ways_any_of_them_may_be_chosen() -> No
 
 
 def test_panic_never_uses_a_refused_key_or_a_draining_replica() -> None:
-    locked, leaving = replica("locked", credential=Credential()), replica("leaving", draining=True)
+    locked, leaving = replica("locked", credential=Credentials([Credential()])), replica("leaving", draining=True)
     assert locked.credential is not None
     locked.credential.refused(NOW)
     decision = decide([locked, leaving])

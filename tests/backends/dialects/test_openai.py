@@ -78,9 +78,9 @@ def test_an_error_is_laid_at_the_right_door(name: str, fault: Fault) -> None:
 @pytest.mark.parametrize(
     ("statuses", "fault"),
     [
-        ((400, 404, 405, 409, 413, 415, 422), Fault.REQUEST),
+        ((400, 404, 405, 413, 415, 422), Fault.REQUEST),
         ((401, 402, 403, 407), Fault.CREDENTIAL),
-        ((429, 529), Fault.OVERLOAD),
+        ((409, 425, 429, 529), Fault.OVERLOAD),
         ((301, 408, 500, 501, 502, 503, 504, 524), Fault.FAILURE),
     ],
 )
