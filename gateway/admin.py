@@ -1,7 +1,7 @@
 """The operators' listener: metrics in Prometheus' format; the state of the fleet, usage records and commands as JSON.
 
-Nothing is answered without the owner's token, `/metrics` on a loopback address excepted. The check stands in front of
-the router, so that a route that is added later, or a path that does not exist, is closed as well.
+Nothing is answered without the owner's token, routes that say otherwise excepted (`/metrics` on a loopback address).
+The check stands in front of the router, so that a path that does not exist is closed as well.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.config.values import is_loopback
+from gateway.edges.hosts import HostList, WrongHost, host_name
 from gateway.error_replies import ERROR_HANDLERS, error_response
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.operations import NoWorkerAnswers, Operations, body_of, json_response
+from gateway.policy import GuardedRoute, Who, guarded
 from gateway.sources import WORKER_UP, Silent, Source, ask_all
 
 DEFAULT_RECORDS = 100
@@ -45,30 +46,32 @@ class Unauthorized(InvalidRequest):
         return [(b"www-authenticate", b"Bearer")]
 
 
-class WrongHost(InvalidRequest):
-    status = 421
-    code = "invalid_host"
-
-
 def admin_app(
-    sources: Sequence[Source], *, host: str, token: SecretStr | None, routes: Sequence[Route] = ()
+    sources: Sequence[Source],
+    *,
+    host: str,
+    token: SecretStr | None,
+    routes: Sequence[GuardedRoute] = (),
+    allowed_hosts: Sequence[str] = (),
 ) -> ASGIApp:
     """The app for the admin listener on `host`, with these further routes. Without a token it stays closed."""
-    return Guard(private_app(sources, routes), host=host, token=token)
+    return Guard(private_app(sources, routes), host=host, token=token, allowed_hosts=allowed_hosts)
 
 
-def private_app(sources: Sequence[Source], routes: Sequence[Route] = ()) -> Starlette:
+def private_app(sources: Sequence[Source], routes: Sequence[GuardedRoute] = ()) -> Starlette:
     """The same without the guard: for a socket that only this user's processes can reach."""
     admin = _Admin(sources)
     return Starlette(
-        routes=[
-            Route(METRICS_PATH, admin.metrics, methods=["GET"]),
-            Route("/admin/fleet", admin.fleet, methods=["GET"]),
-            Route("/admin/usage", admin.usage, methods=["GET"]),
-            Route("/admin/explain", admin.explain, methods=["POST"]),
-            *Operations(sources).routes(),
-            *routes,
-        ],
+        routes=guarded(
+            [
+                GuardedRoute(METRICS_PATH, admin.metrics, Who.LOCAL, methods=["GET"]),
+                GuardedRoute("/admin/fleet", admin.fleet, Who.OPERATOR, methods=["GET"]),
+                GuardedRoute("/admin/usage", admin.usage, Who.OPERATOR, methods=["GET"]),
+                GuardedRoute("/admin/explain", admin.explain, Who.OPERATOR, methods=["POST"]),
+                *Operations(sources).routes(),
+                *routes,
+            ]
+        ),
         exception_handlers=ERROR_HANDLERS,
     )
 
@@ -81,11 +84,18 @@ class Guard:
     nothing is open that a page could ask for, and only then are other names accepted as well.
     """
 
-    def __init__(self, app: ASGIApp, *, host: str, token: SecretStr | None) -> None:
+    def __init__(self, app: ASGIApp, *, host: str, token: SecretStr | None, allowed_hosts: Sequence[str] = ()) -> None:
+        """Of the routes of `app`, those are open that say so; of an application without routes, nothing is."""
         self.app = app
-        self._host = host.lower()
         self._token = token
-        self._local = is_loopback(host)
+        local = is_loopback(host)
+        self._hosts = HostList(allowed_hosts, own=host) if allowed_hosts or local else None
+        """None: any name, on an address that other machines can reach."""
+        self._open = frozenset(
+            route.path
+            for route in getattr(app, "routes", ())
+            if isinstance(route, GuardedRoute) and (route.who is Who.ANYONE or (local and route.who is Who.LOCAL))
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,7 +115,7 @@ class Guard:
                 credentials.append(value)
         if len(hosts) != 1 or not self._is_ours(hosts[0].decode("latin-1")):
             return WrongHost("The Host header does not name this admin listener.")
-        if path == METRICS_PATH and self._local:
+        if path in self._open:
             return None
         if self._token is None:
             return Unauthorized("The admin interface is closed: there is no owner token; the log says why.")
@@ -120,20 +130,7 @@ class Guard:
 
     def _is_ours(self, value: str) -> bool:
         name = host_name(value)
-        return bool(name) and (not self._local or name == self._host or is_loopback(name))
-
-
-def host_name(value: str) -> str:
-    """The name or address in a Host header, without port and brackets; empty when it is malformed."""
-    if value.startswith("["):
-        name, _, rest = value[1:].partition("]")
-    else:
-        name, colon, rest = value.partition(":")
-        rest = colon + rest
-    port = rest.removeprefix(":")
-    if rest and (not rest.startswith(":") or (port and not (port.isascii() and port.isdigit()))):
-        return ""
-    return name.lower().removesuffix(".")
+        return bool(name) and (self._hosts is None or self._hosts.allows(name))
 
 
 class _Admin:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gateway import usage
 from gateway.errors import GatewayError, NoReplicaAvailable, StreamInterrupted, UpstreamFailed
+from gateway.leg import UpstreamReply
 from gateway.order import Order
 from gateway.record import Exchange, Outcome
-from gateway.relay import Relay, UpstreamReply
+from gateway.relay import Relay
 from gateway.reply import Headers, Reply
-from routing.types import Decision
+from gateway.sse import ReadUsage
+from routing.filters import RATE_LIMITED
+from routing.types import Decision, Replica
 
 
 def reply_headers(exchange: Exchange, content: Headers) -> Headers:
@@ -30,6 +35,10 @@ def _add_route(headers: Headers, exchange: Exchange) -> None:
     )
     if exchange.region is not None:
         headers.append((b"x-tidegate-region", exchange.region.encode()))
+    if exchange.possible_duplicate:
+        headers.append((b"x-tidegate-possible-duplicate-charge", b"true"))
+    if exchange.fallback_from and exchange.fallback_from != exchange.model:
+        headers.append((b"x-tidegate-model", exchange.model.encode()))
 
 
 def write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exchange) -> None:
@@ -37,28 +46,28 @@ def write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exch
     if reply.started:
         # The hold ran out and the client is reading a stream; a plain body cannot follow.
         raise StreamInterrupted("The model server answered a streaming request without a stream.")
-    if exchange.stream and not whole.body:
-        raise UpstreamFailed("The model server answered a streaming request with nothing.", code="upstream_truncated")
     content_type = dict(whole.headers).get(b"content-type", b"application/json")
     reply.send(whole.status, reply_headers(exchange, [(b"content-type", content_type)]), whole.body)
 
 
-def note_whole(exchange: Exchange, whole: UpstreamReply, relay: Relay) -> None:
+def note_whole(exchange: Exchange, whole: UpstreamReply, read_usage: ReadUsage) -> None:
+    """Take over what an answer that was collected whole says of itself."""
     exchange.status = whole.status
     exchange.response_bytes = len(whole.body)
-    exchange.usage = usage.from_whole(whole.body, relay.read_usage, whole.tree)
+    exchange.usage = usage.from_whole(whole.body, read_usage, whole.tree)
 
 
 def note_departure(exchange: Exchange, relay: Relay | None) -> None:
     """The client has gone. Completion wins: an answer that had come whole by then counts, and so do its tokens."""
     exchange.outcome = Outcome.CLIENT_LEFT
-    if relay is None or not relay.completed:
+    leg = None if relay is None else relay.leg
+    if leg is None or not leg.completed:
         return
-    if relay.whole is None:
+    if leg.whole is None:
         exchange.outcome = Outcome.COMPLETED
-    elif relay.whole.answers:
+    elif leg.whole.answers:
         exchange.outcome = Outcome.COMPLETED
-        note_whole(exchange, relay.whole, relay)
+        note_whole(exchange, leg.whole, leg.read_usage)
 
 
 def refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exchange) -> None:
@@ -83,15 +92,34 @@ def refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exc
     reply.send(error.status, headers, error.body())
 
 
-def none_left(decision: Decision) -> GatewayError:
-    """The error for a request that no replica can take, with the reasons counted."""
+def none_left(decision: Decision, model: str = "", now: float = 0.0, spread: float = 1.0) -> GatewayError:
+    """The error for a request that no replica can take, with the reasons counted.
+
+    With the routing request's `model` and the time, in monotonic seconds, it says when the first rate limit ends, if
+    that is what keeps the request out; times `spread`, 1 or more.
+    """
     reasons = [each.reason for each in decision.excluded]
     if reasons and set(reasons) == {"credential_refused"}:
         return UpstreamFailed("The model servers refuse the gateway's own credential.", code="upstream_auth_failed")
     counted = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
     if reasons and set(reasons) == {"region"}:
         return _out_of_region()
+    if RATE_LIMITED in reasons and "full" not in reasons:
+        limited = [each.replica for each in decision.excluded if each.reason == RATE_LIMITED]
+        return _rate_limited(counted, limited, model, now, spread)
     return NoReplicaAvailable(f"No replica can take the request now ({counted}).", retry_after_s=1.0)
+
+
+def _rate_limited(
+    counted: str, replicas: Sequence[Replica], model: str, now: float, spread: float
+) -> NoReplicaAvailable:
+    """All that could serve it have asked to be left alone for a while."""
+    ends = [end for end in (each.limited_until(model, now) for each in replicas) if end]
+    wait_s = spread * (min(ends) - now) if ends else 1.0
+    error = NoReplicaAvailable(f"No replica can take the request now ({counted}).", retry_after_s=wait_s)
+    if all(each.credential is not None and each.credential.limited_until(model, now) for each in replicas):
+        error.status, error.type, error.code = 429, "requests", "rate_limit_exceeded"
+    return error
 
 
 def check_regions(order: Order) -> None:

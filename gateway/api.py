@@ -9,7 +9,6 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.edges.asgi import InferenceEndpoint
@@ -17,8 +16,10 @@ from gateway.error_replies import ERROR_HANDLERS
 from gateway.errors import ModelNotFound
 from gateway.fleet import ModelRoute
 from gateway.keys.directory import Freshness
-from gateway.keys.principal import may_use
+from gateway.keys.principal import Principal, may_use
+from gateway.openapi import document
 from gateway.order import INFERENCE_PATHS
+from gateway.policy import CALLER, GuardedRoute, Who, guarded
 from gateway.runtime import Runtime
 from routing.types import Replica
 
@@ -27,15 +28,17 @@ def build_app(runtime: Runtime) -> ASGIApp:
     """The application for one worker."""
     endpoint = InferenceEndpoint(runtime)
     api = _Api(runtime)
-    routes = [Route(path, endpoint, methods=["POST"]) for path in INFERENCE_PATHS]
+    # The exchange asks for the key, as it does for the protocol edge, which serves these paths without this router.
+    routes = [GuardedRoute(path, endpoint, Who.KEY, methods=["POST"]) for path in INFERENCE_PATHS]
     routes += [
-        Route("/v1/models", api.models, methods=["GET"]),
-        Route("/v1/models/{model:path}", api.model, methods=["GET"]),
-        Route("/livez", api.livez, methods=["GET"]),
-        Route("/readyz", api.readyz, methods=["GET"]),
+        GuardedRoute("/v1/models", api.models, Who.KEY, methods=["GET"], admit=api.admit),
+        GuardedRoute("/v1/models/{model:path}", api.model, Who.KEY, methods=["GET"], admit=api.admit),
+        GuardedRoute("/livez", api.livez, Who.ANYONE, methods=["GET"]),
+        GuardedRoute("/readyz", api.readyz, Who.ANYONE, methods=["GET"]),
+        GuardedRoute("/openapi.json", api.openapi, Who.ANYONE, methods=["GET"]),
     ]
     app = Starlette(
-        routes=routes,
+        routes=guarded(routes),
         exception_handlers=ERROR_HANDLERS,
     )
     # A path with a stray slash is unknown, as at OpenAI's; the redirect would be built from the client's Host header.
@@ -65,7 +68,7 @@ class RequestId:
                     headers.append((b"x-request-id", self._runtime.new_request_id().encode()))
                     if message["status"] >= 400 and scope["path"] != "/readyz":
                         self._runtime.metrics.refused(message["status"])
-                if self._runtime.draining:
+                if self._runtime.draining or self._runtime.overload.closing:
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
             await send(message)
@@ -77,9 +80,13 @@ class _Api:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
+    def admit(self, scope: Scope) -> Principal:
+        """Who asks. Raises `Unauthenticated` and `KeysUnavailable`."""
+        return self._runtime.gate.identify(scope["headers"], scope["client"])
+
     async def models(self, request: Request) -> Response:
         """The models that the caller may use."""
-        caller = self._runtime.gate.identify(request.scope["headers"])
+        caller: Principal = request.scope[CALLER]
         fleet = self._runtime.fleet
         listed = [
             _model_object(name, route, fleet.created_unix_s)
@@ -89,7 +96,7 @@ class _Api:
         return _json({"object": "list", "data": listed})
 
     async def model(self, request: Request) -> Response:
-        caller = self._runtime.gate.identify(request.scope["headers"])
+        caller: Principal = request.scope[CALLER]
         fleet = self._runtime.fleet
         name = request.path_params["model"]
         route = fleet.route(name)
@@ -102,6 +109,10 @@ class _Api:
     async def livez(self, request: Request) -> Response:
         """The process answers. Nothing else is implied."""
         return _json({"status": "ok"})
+
+    async def openapi(self, request: Request) -> Response:
+        """What this listener understands and answers. For anybody: it says nothing of this gateway's models."""
+        return _json(document())
 
     async def readyz(self, request: Request) -> Response:
         """Whether new traffic should come here: not draining, and some replica may be used for every model."""

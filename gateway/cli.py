@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _version(options.json)
         case "schema":
             return _schema()
+        case "openapi":
+            return _openapi()
         case "check":
             return _check(options.file, options.json, _settings_environ(os.environ))
         case "health":
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _operators_options(commands)
     add_commands(commands)
     commands.add_parser("schema", help="print the JSON Schema of the configuration file")
+    commands.add_parser("openapi", help="print the OpenAPI document of the API that clients use")
     shown = commands.add_parser("version", help="print the version")
     shown.add_argument("--json", action="store_true", help="report as JSON")
     # Only listed here: these two read their own options, and `tidegate demo --help` prints them.
@@ -234,6 +237,13 @@ def _schema() -> int:
     from gateway.config import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _openapi() -> int:
+    from gateway.openapi import document
+
+    print(json.dumps(document(), indent=2))
     return 0
 
 

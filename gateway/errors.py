@@ -21,6 +21,7 @@ leaves is not an error and has no class here.
 from __future__ import annotations
 
 import math
+import random
 
 import msgspec
 
@@ -60,12 +61,29 @@ class GatewayError(Exception):
         """Retry hints, in both spellings that OpenAI's SDK reads (`retry-after-ms` first)."""
         found: list[tuple[bytes, bytes]] = []
         if self.retry_after_s is not None:
+            wait_s = self.retry_after_s
+            if wait_s <= 1.0 and self.status >= 500:
+                wait_s += random.random()  # nobody knows better, and not all should come back in the same moment
             # Rounded up: whoever comes back at that time is not early.
-            found.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
-            found.append((b"retry-after-ms", b"%d" % max(1, math.ceil(self.retry_after_s * 1000))))
+            found.append((b"retry-after", b"%d" % max(1, math.ceil(wait_s))))
+            found.append((b"retry-after-ms", b"%d" % max(1, math.ceil(wait_s * 1000))))
         if self.should_retry is not None:
             found.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
         return found
+
+
+def let_go(error: BaseException) -> None:
+    """Have a handled error forget where it was raised, and so whatever the frames there hold: the request, for one.
+
+    What keeps the error (an attempt's story, a verdict) is in one of those frames, so that only the garbage collector
+    would free any of it; that counts objects and not their size.
+    """
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            waiting += (each.__cause__, each.__context__)
 
 
 def error_body(message: str, type_: str, param: str | None, code: str | None) -> bytes:

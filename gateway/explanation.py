@@ -121,6 +121,7 @@ async def explanation(runtime: Runtime, raw: bytes) -> dict[str, Any]:
         "class": PRIORITY_CLASSES[order.band],
         "refusal": _refusal(told, order),
         "spill": _spill(runtime, order, caller, now, seed),
+        "fallbacks": runtime.fallbacks.prospects(order, caller),
         **told,
     }
 
@@ -157,7 +158,7 @@ def _refusal(told: Mapping[str, Any], order: Order) -> dict[str, Any] | None:
         return None
     by_name = {replica.name: replica for replica in order.route.pool.replicas}
     excluded = [Exclusion(by_name[each["replica"]], each["reason"]) for each in told["excluded"]]
-    error = none_left(Decision(None, told["reason"], excluded))
+    error = none_left(Decision(None, told["reason"], excluded), order.request.model, monotonic())
     return {"status": error.status, "code": error.code, "message": error.message}
 
 

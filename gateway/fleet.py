@@ -14,16 +14,23 @@ from backends.dialects import DIALECTS
 from backends.dialects.protocol import Adapter, Dialect
 from backends.ticker import Ticker
 from backends.upstream import Upstream
-from gateway.config import Backend, ExchangeRates, Model, Price, Settings
+from gateway.body_rules import BodyRules, body_rules
+from gateway.config import Backend, Caps, ExchangeRates, Model, Price, Settings
 from gateway.config import Replica as ReplicaSettings
+from gateway.own_keys import credentials_of, headers_with, keys_of
 from gateway.reading import PromptReader
 from gateway.relay import Timing
-from routing.credential import Credential
+from routing.credential import Credentials
 from routing.ejection import Rules
 from routing.health import Health
+from routing.hedging import Hedges
 from routing.policies import make_policy
+from routing.retry_budget import Retries
 from routing.router import PoolState, Router
 from routing.types import Policy, Replica
+
+MAX_ADAPTER_ROUTES = 4096
+"""Kept ready; beyond that they are made anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +41,17 @@ class Pool:
     settings: Backend
     replicas: tuple[Replica, ...]
     upstreams: Mapping[Replica, Upstream]
-    reserved: frozenset[str]
-    """Body fields that clients may not set: those of all its engines together."""
-    credential: Credential
-    """The state of the key that its replicas share."""
+    rules: BodyRules
+    """What clients may ask of it: the rules of all its engines together."""
+    credentials: Credentials | None
+    """The state of the keys that its replicas share; None where they are called without."""
     by_identity: Mapping[str, Replica]
     routing: PoolState
     """What decisions about it share; the same for as long as the pool exists."""
+    retries: Retries
+    """How much it may be asked again; the same for as long as the pool exists."""
+    alone: bool
+    """No model has a spill or a fallback that leads to it or away from it."""
     configured_adapters: frozenset[str]
     """Names of the LoRA adapters that the configuration lists."""
 
@@ -81,6 +92,10 @@ class ModelRoute:
     """What a dollar is worth to each class, the most urgent first; zeros where no replica of the pool has a price."""
     policy: str
     """What the configuration calls its policy; one of the operator's own may call itself something else."""
+    continues: bool
+    """Whether an answer that breaks off is gone on with at another replica (`gateway.resumption`)."""
+    hedges: Hedges | None
+    """When a late prompt is sent to a second replica too; None: never."""
 
     @property
     def asked_adapter(self) -> str | None:
@@ -156,6 +171,8 @@ class Fleet:
                 upstream_model=base.upstream_model or base.name,
                 adapter=adapter,
             )
+            if len(self._adapter_routes) >= MAX_ADAPTER_ROUTES:  # engines come and go with adapters, for months
+                self._adapter_routes.clear()
             self._adapter_routes[name] = route
         return route if route.adapter is not None and route.pool.knows_adapter(route.adapter) else None
 
@@ -176,7 +193,12 @@ def build_fleet(
     `policy` takes the place of every model's own, for tests.
     """
     known = {} if previous is None else previous.pools
-    pools = {name: _pool(name, backend, ticker, known.get(name)) for name, backend in settings.backends.items()}
+    caps = settings.caps
+    linked = _linked(settings)
+    pools = {
+        name: _pool(name, backend, caps, ticker, known.get(name), alone=name not in linked)
+        for name, backend in settings.backends.items()
+    }
     models: dict[str, ModelRoute] = {}
     for name, model in settings.models.items():
         timeouts = settings.effective_timeouts(name)
@@ -198,9 +220,11 @@ def build_fleet(
             price=model.price,
             model=name,
             router=policy or _router(model.policy, pools[model.backend], old),
-            ms_per_usd=_rates(model.ms_per_usd, pools[model.backend]),
+            ms_per_usd=rates(model.ms_per_usd, pools[model.backend]),
             policy=model.policy,
+            continues=model.continuation,
             reader=_reader(name, model, old),
+            hedges=_hedges(model, old),
         )
         for key in (name, *model.aliases):
             models[key] = route
@@ -208,10 +232,26 @@ def build_fleet(
     return Fleet(pools, models, int(now_unix_s))
 
 
-def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) -> Pool:
+def _linked(settings: Settings) -> set[str]:
+    """The backends of models that can be answered at more than one."""
+    linked: set[str] = set()
+    for model in settings.models.values():
+        others = [] if model.spill is None else [model.spill.backend]
+        for entry in model.fallbacks:
+            other = None if entry.model is None else settings.models.get(entry.model)
+            others += [name for name in (entry.backend, None if other is None else other.backend) if name]
+        if others:
+            linked.update(others, [model.backend])
+    return linked
+
+
+def _pool(
+    name: str, backend: Backend, caps: Caps, ticker: Ticker, previous: Pool | None, *, alone: bool = True
+) -> Pool:
     old = {} if previous is None else {(replica.url, replica.dp_rank): replica for replica in previous.replicas}
     same_client = previous is not None and _client(previous.settings) == _client(backend)
-    credential = Credential() if previous is None or not same_client else previous.credential
+    before, known = (None, None) if previous is None else (previous.settings, previous.credentials)
+    credentials = credentials_of(backend, before, known)
     rules = _rules(backend)
     upstreams: dict[Replica, Upstream] = {}
     for entry in backend.replicas:
@@ -231,23 +271,29 @@ def _pool(name: str, backend: Backend, ticker: Ticker, previous: Pool | None) ->
         replica.input_usd_per_million = price.input
         replica.cached_usd_per_million = price.cached_input
         replica.output_usd_per_million = price.output
-        replica.credential = credential if backend.api_key is not None else None
+        replica.credential = credentials
+        if credentials is not None:
+            replica.paused_until = max(replica.paused_until, *(key.limits.latest for key in credentials.keys))
         replica.health.rules = rules
         if not backend.health.probe:
             replica.health.forget_probes()
         kept = None if previous is None or not unchanged else previous.upstreams.get(replica)
         if kept is None:
-            kept = _upstream(replica, entry, backend, DIALECTS[engine], ticker)
+            kept = _upstream(replica, entry, backend, DIALECTS[engine], credentials, ticker)
         replica.hosted = kept.hosted
         kept.model = entry.upstream_model
         kept.configured_adapters = tuple(Adapter(each.name, each.path) for each in backend.adapters)
         _configure_adapters(kept, backend)
         upstreams[replica] = kept
-    reserved = frozenset[str]().union(*(upstream.dialect.reserved for upstream in upstreams.values()))
+    rented = all(upstream.hosted for upstream in upstreams.values())
+    body = body_rules(backend, [upstream.dialect for upstream in upstreams.values()], rented, caps)
     routing = PoolState() if previous is None else previous.routing
     by_identity = {each.identity: each for each in upstreams}
     names = frozenset(each.name for each in backend.adapters)
-    return Pool(name, backend, tuple(upstreams), upstreams, reserved, credential, by_identity, routing, names)
+    retries = Retries(Random()) if previous is None else previous.retries
+    retries.configure(backend.retries.share, backend.retries.per_s, backend.retries.attempts)
+    replicas = tuple(upstreams)
+    return Pool(name, backend, replicas, upstreams, body, credentials, by_identity, routing, retries, alone, names)
 
 
 def _take_stock(pools: Mapping[str, Pool], previous: Mapping[str, Pool]) -> None:
@@ -292,10 +338,20 @@ def _reader(name: str, model: Model, previous: ModelRoute | None) -> PromptReade
     return PromptReader(name, model.isolate_tenants, model.upstream_model)
 
 
-def _rates(rates: ExchangeRates, pool: Pool) -> tuple[float, ...]:
+def _hedges(model: Model, previous: ModelRoute | None) -> Hedges | None:
+    hedge = model.hedge
+    if hedge is None:
+        return None
+    hedges = Hedges() if previous is None or previous.hedges is None else previous.hedges
+    hedges.configure(hedge.share, hedge.max_prompt_tokens, hedge.max_busy, hedge.min_delay_ms / 1000)
+    return hedges
+
+
+def rates(exchange: ExchangeRates, pool: Pool) -> tuple[float, ...]:
+    """What a dollar is worth to each class (`ModelRoute.ms_per_usd`) where requests of a model go to this pool."""
     if not any(entry.price is not None for entry in pool.settings.replicas):
         return (0.0, 0.0, 0.0, 0.0)
-    return (rates.critical, rates.standard, rates.batch, rates.sheddable)
+    return (exchange.critical, exchange.standard, exchange.batch, exchange.sheddable)
 
 
 def _rules(backend: Backend) -> Rules:
@@ -312,7 +368,7 @@ def _rules(backend: Backend) -> Rules:
 def _client(backend: Backend) -> object:
     """Everything that a replica's client is made from; equal means that it can be kept."""
     return (
-        backend.api_key,
+        keys_of(backend),
         backend.key_header,
         backend.headers,
         backend.hosted,
@@ -322,13 +378,23 @@ def _client(backend: Backend) -> object:
     )
 
 
-def _upstream(replica: Replica, entry: ReplicaSettings, backend: Backend, dialect: Dialect, ticker: Ticker) -> Upstream:
+def _upstream(
+    replica: Replica,
+    entry: ReplicaSettings,
+    backend: Backend,
+    dialect: Dialect,
+    credentials: Credentials | None,
+    ticker: Ticker,
+) -> Upstream:
+    keys = keys_of(backend)
     return Upstream(
         replica,
         dialect,
         origin=entry.origin,
         path_prefix=entry.path_prefix,
-        headers=_headers(backend, dialect),
+        headers=headers_with(keys[0] if keys else None, backend, dialect),
+        keys=credentials,
+        key_headers=[headers_with(key, backend, dialect) for key in keys],
         hosted=dialect.hosted if backend.hosted is None else backend.hosted,
         max_connections=backend.connections.max,
         idle_s=backend.connections.idle_s,
@@ -336,14 +402,3 @@ def _upstream(replica: Replica, entry: ReplicaSettings, backend: Backend, dialec
         side_timeout_s=backend.health.timeout_s,
         ticker=ticker,
     )
-
-
-def _headers(backend: Backend, dialect: Dialect) -> list[tuple[str, str]]:
-    key = None if backend.api_key is None else backend.api_key.get_secret_value()
-    if key is None or backend.key_header is None:
-        fields = dict(dialect.head_fields(key))
-    else:
-        fields = dict(dialect.head_fields(None))
-        fields[backend.key_header.name.lower()] = f"{backend.key_header.scheme} {key}".strip()
-    # The operator's own come last: `anthropic-version` can be set to another than the dialect's.
-    return list({**fields, **backend.headers}.items())

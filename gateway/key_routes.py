@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gateway.database.errors import Conflict, DatabaseError, InvalidValue
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest
@@ -23,6 +22,7 @@ from gateway.keys.issuing import DEFAULT_OVERLAP_S, KeySpec, Office, TenantSpec,
 from gateway.keys.moments import parse_span_s, shown
 from gateway.keys.rules import BadValue
 from gateway.operations import MAX_BODY_BYTES, json_response
+from gateway.policy import GuardedRoute, Who
 
 if TYPE_CHECKING:  # it brings in SQLAlchemy, which a gateway without keys does not need
     from gateway.database.database import Database
@@ -67,17 +67,19 @@ class Rotation(msgspec.Struct, forbid_unknown_fields=True):
     """How long the old key goes on, such as `24h`; null: a day."""
 
 
-def key_routes(database: Callable[[], Database | None], pepper: bytes | None, on_changed: OnChanged) -> list[Route]:
+def key_routes(
+    database: Callable[[], Database | None], pepper: bytes | None, on_changed: OnChanged
+) -> list[GuardedRoute]:
     """The routes. `database` gives None in a gateway without keys; `on_changed` is awaited after each change."""
     handlers = _Keys(database, pepper, on_changed)
     key, tenant = "/admin/keys/{id}", "/admin/tenants/{name}"
     return [
-        Route("/admin/keys", handlers.keys, methods=["GET", "POST"]),
-        Route(key, handlers.key, methods=["GET", "PATCH", "DELETE"]),
-        Route(f"{key}/rotate", handlers.rotate, methods=["POST"]),
-        Route("/admin/tenants", handlers.tenants, methods=["GET"]),
-        Route(tenant, handlers.tenant, methods=["GET", "PUT"]),
-        Route("/admin/audit", handlers.audit, methods=["GET"]),
+        GuardedRoute("/admin/keys", handlers.keys, Who.OPERATOR, methods=["GET", "POST"]),
+        GuardedRoute(key, handlers.key, Who.OPERATOR, methods=["GET", "PATCH", "DELETE"]),
+        GuardedRoute(f"{key}/rotate", handlers.rotate, Who.OPERATOR, methods=["POST"]),
+        GuardedRoute("/admin/tenants", handlers.tenants, Who.OPERATOR, methods=["GET"]),
+        GuardedRoute(tenant, handlers.tenant, Who.OPERATOR, methods=["GET", "PUT"]),
+        GuardedRoute("/admin/audit", handlers.audit, Who.OPERATOR, methods=["GET"]),
     ]
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.edges.strict import StrictProtocol
+
 if TYPE_CHECKING:
     from gateway.edges.guards import Sweep
     from gateway.runtime import Runtime
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 SEND_BUFFER_BYTES = 262_144
 """Kernel buffer per client. Left to itself Linux lets a client that never reads hold megabytes of it."""
 BACKLOG = 2048
+MAX_OPERATORS = 200
+"""Connections to the admin listener at once."""
+FIRST_HEAD_S = 10.0
+"""How long an operator's connection may take to send its first request's head."""
 UDS_MODE = 0o660
 
 
@@ -125,9 +131,31 @@ def inference_listener(app: ASGIApp, runtime: Runtime) -> tuple[Listener, Sweep]
     return listener, Sweep(listener.server_state, runtime.settings.server.write_stall_timeout_s)
 
 
+class OperatorProtocol(StrictProtocol):
+    """For few: whoever can connect may not take the descriptors that clients need."""
+
+    _asked = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_OPERATORS:
+            transport.close()
+        else:
+            self.loop.call_later(FIRST_HEAD_S, self._close_if_silent)
+
+    def on_headers_complete(self) -> None:
+        self._asked = True
+        super().on_headers_complete()
+
+    def _close_if_silent(self) -> None:
+        """After its first request uvicorn's keep-alive time-out looks after the connection."""
+        if not self._asked:
+            self.transport.close()
+
+
 def admin_listener(app: ASGIApp) -> Listener:
     """A plain listener for operators."""
-    return Listener(_config(app, "httptools"))
+    return Listener(_config(app, OperatorProtocol))
 
 
 def _config(app: ASGIApp, http: Any) -> uvicorn.Config:

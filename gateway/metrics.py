@@ -25,6 +25,9 @@ DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.
 MAX_REASONS = 32
 """Reasons counted by name for each model. Policies that users bring may make up any number."""
 OTHER_REASON = "other"
+MAX_MODELS = 1000
+"""Models counted by name. Adapters count as models, and engines may load any number of them in a gateway's life."""
+OTHER_MODEL = "other"
 UNKNOWN_MODEL = "unknown"
 """Label of requests that never resolved to a configured model; what a client typed is never a label."""
 
@@ -60,13 +63,17 @@ class Metrics:
     def observe(self, exchange: Exchange) -> None:
         """Count one settled exchange."""
         model = exchange.model or UNKNOWN_MODEL
+        counts = self._models.get(model)
+        if counts is None and exchange.model:
+            if len(self._models) >= MAX_MODELS:
+                model = OTHER_MODEL
+                counts = self._models.get(model)
+            if counts is None:
+                counts = self._models[model] = _ModelCounts()
         key = (model, exchange.route, exchange.outcome or "")
         self._requests[key] = self._requests.get(key, 0) + 1
-        if not exchange.model:
+        if counts is None or not exchange.model:
             return
-        counts = self._models.get(model)
-        if counts is None:
-            counts = self._models[model] = _ModelCounts()
         counts.duration.observe(exchange.duration_s)
         ttft_s = exchange.ttft_s
         if ttft_s is not None:
@@ -205,7 +212,7 @@ def _capacity_families(replicas: Sequence[Replica]) -> Iterator[Metric]:
     """What replicas take at once; one of which it is not known is left out."""
     requests = GaugeMetricFamily(
         "tidegate_replica_capacity_requests",
-        "Requests a replica runs at once, by the first who says: configuration, engine, its load reports.",
+        "Requests a replica runs at once, by the first who says: configuration, engine, load reports, refusals.",
         labels=["pool", "replica"],
     )
     tokens = GaugeMetricFamily(
@@ -265,11 +272,12 @@ def health_families(witness: Witness) -> Iterator[Metric]:
 
 
 def process_families(
-    in_flight: int, body_bytes: int, usage_records_lost: int, started_unix_s: float
+    in_flight: int, body_bytes: int, tasks: int, usage_records_lost: int, started_unix_s: float
 ) -> Iterator[Metric]:
     """The worker process itself."""
     yield GaugeMetricFamily("tidegate_in_flight", "Requests under way.", value=in_flight)
     yield GaugeMetricFamily("tidegate_request_bytes_held", "Request bytes held in memory.", value=body_bytes)
+    yield GaugeMetricFamily("tidegate_tasks", "Tasks of the event loop, requests under way included.", value=tasks)
     yield CounterMetricFamily(
         "tidegate_usage_records_lost", "Usage records that could not be written.", value=usage_records_lost
     )

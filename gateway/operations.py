@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gateway.config.values import ADAPTER_NAME
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest
+from gateway.policy import GuardedRoute, Who
 from gateway.roster import Roster, unknown_adapter
 from gateway.sources import AdapterChange, AdapterResult, Silent, Source, ask_all
 
@@ -63,15 +63,15 @@ class Operations:
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By pool: one change of adapters after the other, as the engines themselves do it."""
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[GuardedRoute]:
         replica = "/admin/replicas/{pool}/{replica}"
         return [
-            Route("/admin/replicas", self.replicas, methods=["GET"]),
-            Route(replica, self.replica, methods=["GET"]),
-            Route(f"{replica}/drain", self.drain, methods=["POST"]),
-            Route(f"{replica}/undrain", self.undrain, methods=["POST"]),
-            Route("/admin/adapters", self.adapters, methods=["GET", "POST"]),
-            Route("/admin/adapters/{pool}/{name:path}", self.unload, methods=["DELETE"]),
+            GuardedRoute("/admin/replicas", self.replicas, Who.OPERATOR, methods=["GET"]),
+            GuardedRoute(replica, self.replica, Who.OPERATOR, methods=["GET"]),
+            GuardedRoute(f"{replica}/drain", self.drain, Who.OPERATOR, methods=["POST"]),
+            GuardedRoute(f"{replica}/undrain", self.undrain, Who.OPERATOR, methods=["POST"]),
+            GuardedRoute("/admin/adapters", self.adapters, Who.OPERATOR, methods=["GET", "POST"]),
+            GuardedRoute("/admin/adapters/{pool}/{name:path}", self.unload, Who.OPERATOR, methods=["DELETE"]),
         ]
 
     # -- replicas

@@ -42,6 +42,8 @@ class Call(msgspec.Struct, frozen=True, gc=False):
     body: bytes
     received_at: float
     """When its first byte came, in `time.monotonic()` seconds."""
+    client: tuple[str, int] | None = None
+    """Address and port it came from; None: a Unix socket."""
 
 
 class Order(msgspec.Struct, frozen=True, gc=False):
@@ -78,8 +80,7 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
         route = _with_lora(route, fields["lora_path"], fleet, caller)
         body = parse(body.with_values({"lora_path": b"null"}))  # no name or path of a client's reaches an engine
         fields = body.fields
-    if not route.pool.reserved.isdisjoint(fields):
-        _refuse_reserved(route.pool.reserved, fields)
+    route.pool.rules.check(call.path, body)
     stream = _flag(fields, "stream") and call.path != EMBEDDINGS
     regions: tuple[str, ...] = ()
     key = caller.key
@@ -192,15 +193,6 @@ def _with_lora(route: ModelRoute, asked: Any, fleet: Fleet, caller: Principal) -
         f"'lora_path' {why}; give the name of one that GET /v1/models lists, never a path.",
         param="lora_path",
         code="unknown_adapter",
-    )
-
-
-def _refuse_reserved(reserved: frozenset[str], fields: Mapping[str, Any]) -> None:
-    name = next(name for name in fields if name in reserved)
-    raise InvalidRequest(
-        f"{name!r} steers the model server itself; the gateway sets it, and clients may not.",
-        param=name,
-        code="reserved_parameter",
     )
 
 

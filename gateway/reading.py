@@ -48,7 +48,8 @@ class PromptReader:
         engines call it, where that is another name; models that are the same one to them share what is cached."""
         self._model = model
         self._cached_as = upstream_model or model
-        self._isolate = isolate_tenants
+        self.isolates = isolate_tenants
+        """Whether each tenant has a cache of its own."""
         self._bytes = _PRIOR_BYTES
         self._tokens = _PRIOR_BYTES * FIRST_TOKENS_PER_BYTE
         self._seeds: dict[tuple[str | None, str | None], int] = {}
@@ -58,8 +59,8 @@ class PromptReader:
     def configured(self, isolate_tenants: bool, upstream_model: str | None) -> PromptReader:
         """The same reader under other settings."""
         cached_as = upstream_model or self._model
-        if (isolate_tenants, cached_as) != (self._isolate, self._cached_as):
-            self._isolate, self._cached_as = isolate_tenants, cached_as
+        if (isolate_tenants, cached_as) != (self.isolates, self._cached_as):
+            self.isolates, self._cached_as = isolate_tenants, cached_as
             self._seeds.clear()
         return self
 
@@ -94,7 +95,7 @@ class PromptReader:
 
     def event_seed(self, adapter: str | None, cache_salt: str | None) -> int | None:
         """The seed of the keys of a block that an engine tells of; None where prompts have no such keys."""
-        if self.exact is None or self._model not in self.exact or self._isolate or cache_salt:
+        if self.exact is None or self._model not in self.exact or self.isolates or cache_salt:
             return None
         return self.seed(adapter, None)
 
@@ -114,7 +115,7 @@ class PromptReader:
             self._tokens = self._tokens * _FADE + prompt_tokens * weight
 
     def _scope(self, tenant: str) -> str | None:
-        return tenant if self._isolate else None
+        return tenant if self.isolates else None
 
     def seed(self, adapter: str | None, scope: str | None) -> int:
         """What the keys of such prompts begin with."""

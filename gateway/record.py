@@ -38,6 +38,18 @@ class Outcome(StrEnum):
     """A defect of Tidegate."""
 
 
+class FailedAttempt(msgspec.Struct, frozen=True, gc=False):
+    """One attempt that brought no answer, or not all of one."""
+
+    replica: str
+    code: str
+    """That of the error which the client would have got."""
+    sent_ms: float
+    """When it was sent, since the request began; or when it failed, where it was not."""
+    took_ms: float
+    """From then until it failed."""
+
+
 class Exchange(msgspec.Struct, gc=False):
     """Everything that is known about one request, from its first byte to its settlement."""
 
@@ -55,11 +67,21 @@ class Exchange(msgspec.Struct, gc=False):
     route_reason: str = ""
     spill: str = ""
     """Why it went to rented replicas instead of the model's own; empty: it did not (`gateway.spill`)."""
+    fallback_from: str = ""
+    """The model that was asked for, where a fallback of it was tried last (`gateway.fallback`); empty: none was."""
     predicted_cached_tokens: int = 0
     """Prompt tokens that the chosen replica was believed to hold."""
     predicted_ttft_ms: float | None = None
     """From dispatch to first token, as the policy predicted it; None where it predicts nothing."""
     attempts: int = 0
+    failures: tuple[FailedAttempt, ...] = ()
+    """The attempts that failed, in the order of their failing."""
+    continuations: int = 0
+    """How often the answer broke off and another replica went on with it."""
+    hedged: bool = False
+    """A second replica was asked because the first was slow."""
+    possible_duplicate: bool = False
+    """A rented replica may have billed an answer that never came; another was asked all the same."""
     status: int = 0
     """HTTP status sent to the client; 0 when it left before one was sent."""
     outcome: Outcome | None = None

@@ -7,6 +7,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Coroutine, Mapping
+from random import Random
 from typing import Any, Protocol
 
 from backends.kvevents.view import Summary
@@ -15,12 +16,16 @@ from backends.upstream import Upstream
 from gateway import usage
 from gateway.adapters import AdapterKeeper
 from gateway.admission.opening import Admission
+from gateway.attempt_metrics import AttemptMetrics
 from gateway.config import Settings, keep_restart_only
+from gateway.edges.hosts import HostList, hosts_of
 from gateway.errors import GatewayError
+from gateway.fallback import Fallbacks
 from gateway.fleet import Fleet, build_fleet
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics
 from gateway.order import Call
+from gateway.overload.service import Overload
 from gateway.record import Exchange, Outcome
 from gateway.regions import Regions
 from gateway.relay import Relay
@@ -85,6 +90,7 @@ class Runtime:
         self.store: Store = self.admission.store
         """What this worker shares with the others."""
         self.witness = Witness()
+        self.attempt_metrics = AttemptMetrics()
         self.adapters = AdapterKeeper(self.store, lambda: self.fleet)
         self.kv_listeners: Mapping[Replica, KvSource] = {}
         """Where KV-cache events are followed; kept up by the watch."""
@@ -95,7 +101,12 @@ class Runtime:
         self.regions = Regions(settings)
         self.regions.watch(settings, self.fleet)
         self.overflow = Overflow(settings, self.gate, lambda: self.fleet)
+        self.fallbacks = Fallbacks(settings, lambda: self.fleet, self.overflow)
         self.body_budget = ByteBudget(settings.server.max_in_flight_bytes)
+        self.overload = Overload(settings.overload, self.body_budget, Random())
+        """What is refused so that the worker does not run out of something; samples once it is started."""
+        self.hosts: HostList | None = hosts_of(settings)
+        """Which names the listener answers to; None: any."""
         self.draining = False
         """Set by shutdown: `/readyz` fails and replies close their connections."""
         self._relays: set[Relay] = set()
@@ -134,6 +145,7 @@ class Runtime:
         if exchange.price is not None and exchange.usage is not None and exchange.cost_usd is None:
             exchange.cost_usd = usage.cost_usd(exchange.usage, exchange.price)
         self.overflow.settle(exchange)
+        self.fallbacks.settle(exchange)
         exchange.admission_headers = ()  # sent; the record waits for the ledger, and should not hold on to memory
         self._live.discard(exchange.request_id)
         if not exchange.tenant:  # nobody knows who that was: no line in the log that anybody could fill
@@ -205,6 +217,8 @@ class Runtime:
         self.admission.reload(settings)
         self.regions.watch(settings, self.fleet)
         self.overflow.reload(settings)
+        self.fallbacks.reload(settings)
+        self.overload.reload(settings.overload)
         self._keep(self._retire(old))
         self._keep(self.learn_prompts())
 
@@ -221,6 +235,7 @@ class Runtime:
 
     async def aclose(self) -> None:
         """Close every connection and file. Requests under way are cut."""
+        self.overload.close()
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ def run(
 
     `read` loads the configuration again, for a reload. `worker_options` go on the command line of every worker.
     """
+    _no_core_dumps()
     with _bound(settings) as (sockets, admin_sockets):
         listen([*sockets, *admin_sockets])
         token = _owner_token(settings, environ) if admin_sockets else None
@@ -59,6 +61,11 @@ def run(
             return await supervisor.run()
 
         return asyncio.run(supervise())
+
+
+def _no_core_dumps() -> None:
+    """Memory holds prompts, and the keys of engines: a crash must not write it to a disk. Workers inherit this."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 @contextmanager

@@ -23,9 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import replace
 from math import inf
-from random import Random
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -33,6 +31,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from gateway.admission.gate import Gate
 from gateway.config import Settings
 from gateway.config import Spill as SpillSettings
+from gateway.elsewhere import route_at
 from gateway.errors import GatewayError
 from gateway.fleet import Fleet, ModelRoute
 from gateway.keys.principal import Principal
@@ -40,9 +39,7 @@ from gateway.keys.records import PRIORITY_CLASSES
 from gateway.order import EMBEDDINGS, Order
 from gateway.reading import read_prompt
 from gateway.record import Exchange, Outcome
-from gateway.relay import Timing
-from routing.policies import make_policy
-from routing.router import PANIC, Router
+from routing.router import PANIC
 from routing.spill import ON_TARGET, Spill
 from routing.types import Decision
 
@@ -123,29 +120,7 @@ class _Model:
         pool = fleet.pools.get(self.settings.backend)
         if pool is None or pool is home.pool:
             return None
-        own = settings.models[home.model].timeouts
-        timeouts = pool.settings.timeouts.model_copy(update={name: value for name, value in own if value is not None})
-        router = home.router
-        before = self._hosted
-        if isinstance(router, Router):
-            kept = None if before is None or before.policy != home.policy else before.router
-            same = isinstance(kept, Router) and kept.state is pool.routing
-            router = kept if same and kept is not None else Router(make_policy(home.policy, Random()), pool.routing)
-        return replace(
-            home,
-            pool=pool,
-            upstream_model=self.settings.upstream_model or home.upstream_model,
-            timing=Timing(
-                first_token_s=timeouts.first_token_s,
-                idle_s=timeouts.idle_s,
-                total_s=home.timing.total_s,
-                hold_s=home.timing.hold_s,
-                heartbeat_s=home.timing.heartbeat_s,
-            ),
-            connect_s=timeouts.connect_s,
-            price=self.settings.price,
-            router=router,
-        )
+        return route_at(home, pool, settings, self.settings.upstream_model, self.settings.price, self._hosted)
 
 
 class Overflow:
@@ -231,6 +206,16 @@ class Overflow:
             return None
         read_prompt(order, exchange)
         return self._sent(model, order, exchange, target_ms, inf, now, QUEUE_REFUSED)
+
+    def give_up(self, exchange: Exchange, error: GatewayError) -> None:
+        """It has failed with this error and goes on at neither: what it may have cost at the rented ones is counted
+        now, and what it will cost elsewhere is not. Others are passed over."""
+        away = self._away.get(exchange.request_id)
+        if away is not None and not away.returned:
+            away.returned = True
+            billed = error.code in _MAY_BE_BILLED or error.outcome is Outcome.TIMEOUT
+            self._count(away.model, exchange.request_id, None if billed else 0.0)
+            exchange.spill = ""
 
     def settle(self, exchange: Exchange) -> None:
         """The request is over: what it has cost takes the place of what was reserved. Others are passed over."""
@@ -396,7 +381,7 @@ def _obstacle(order: Order, hosted: ModelRoute, decision: Decision) -> str:
     request, pool = order.request, hosted.pool
     if request.regions and all(replica.region not in request.regions for replica in pool.replicas):
         return RESIDENCY
-    if not pool.reserved.isdisjoint(order.body.fields):
+    if not pool.rules.allow(order.path, order.body):
         return UNTRANSLATABLE
     if decision.replica is None or decision.reason in PANIC:
         return HOSTED_UNAVAILABLE

@@ -9,8 +9,8 @@ Two events are kept back. The usage chunk, when the caller did not ask for it (t
 would turn a cut answer into a complete one.
 
 Parsing every event would cost more than relaying it, so an event is parsed only when a few substring counts cannot
-show that it is an ordinary content delta. That is safe because a double quote inside a JSON string is always
-escaped: the bytes `"finish_reason":null` can only be a key and its value.
+show that it is an ordinary content delta, unless somebody observes the stream. That is safe because a double quote
+inside a JSON string is always escaped: the bytes `"finish_reason":null` can only be a key and its value.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ ABORTED = {"message": "The model server aborted the answer.", "code": 500}
 
 ReadUsage = Callable[[Mapping[str, Any]], Usage | None]
 """Finds the usage in a whole answer or in a chunk of a stream; None when there is none."""
+
+Observe = Callable[[dict[str, Any]], bytes | None]
+"""Is shown the chunk of every event, and may change it; {} stands for an event that cannot be read, which passes.
+
+Says what passes: None, the event as it came; b"", nothing; else these bytes, whole events, in its place.
+"""
 
 
 def openai_usage(tree: Mapping[str, Any]) -> Usage | None:
@@ -58,6 +64,7 @@ class StreamReader:
         "hide_usage",
         "malformed_events",
         "max_event_bytes",
+        "observe",
         "read_usage",
         "usage",
     )
@@ -69,11 +76,14 @@ class StreamReader:
         hide_usage: bool = False,
         max_event_bytes: int = 1 << 20,
         read_usage: ReadUsage = openai_usage,
+        observe: Observe | None = None,
     ) -> None:
+        """With `observe`, every event is parsed. It sees none that carries an error; usage is read after it."""
         self.expected_choices = expected_choices
         self.hide_usage = hide_usage
         self.max_event_bytes = max_event_bytes
         self.read_usage = read_usage
+        self.observe = observe
         self.content_started = False
         """A content, reasoning, refusal or tool-call delta, or a finish reason, has been seen."""
         self.content_events = 0
@@ -107,7 +117,7 @@ class StreamReader:
         if self.done or self.error is not None:
             return b""
         if not self._pending and data.endswith(b"\n\n") and b"\r" not in data:
-            if self.content_started and self._is_ordinary(data):
+            if self.content_started and self.observe is None and self._is_ordinary(data):
                 return data
             return self._events(data.split(b"\n\n")[:-1], b"\n\n")
         return self._feed_pieces(data)
@@ -144,7 +154,7 @@ class StreamReader:
             self._late_line_feed = b"\n" if passed[-1] else b""
         del pending[:start]
         if len(pending) > self.max_event_bytes:
-            raise EventTooLarge
+            raise self._too_large()
         # A boundary is at most four bytes long, so only the last three seen can still become part of one.
         self._scanned = max(0, len(pending) - 3)
         return b"".join(passed)
@@ -160,7 +170,7 @@ class StreamReader:
     def _event(self, event: bytes, terminator: bytes) -> bytes:
         """Judge one event; return it with its terminator, or nothing when it must not be passed on."""
         if len(event) > self.max_event_bytes:
-            raise EventTooLarge
+            raise self._too_large()
         name, payload = fields(event.removeprefix(BOM))
         if payload is None:
             return event + terminator
@@ -173,6 +183,8 @@ class StreamReader:
             chunk = None
         if not isinstance(chunk, dict):
             self.malformed_events += 1
+            if self.observe is not None:
+                self.observe({})
             return event + terminator
         error = _error_in(chunk, name)
         if error is not None:
@@ -181,11 +193,18 @@ class StreamReader:
         if not self._read_choices(chunk.get("choices"), len(event) + len(terminator)):
             self.error = dict(ABORTED)
             return b""
+        instead = None if self.observe is None else self.observe(chunk)
         if isinstance(chunk.get("usage"), dict):
             self.usage = self.read_usage(chunk)
             if self.hide_usage and not chunk.get("choices"):
                 return b""
-        return event + terminator
+        return event + terminator if instead is None else instead
+
+    def _too_large(self) -> EventTooLarge:
+        """Whoever observes is told, too: what came before it in the same read was shown, and is not passed on."""
+        if self.observe is not None:
+            self.observe({})
+        return EventTooLarge()
 
     def _read_choices(self, choices: Any, size_bytes: int) -> bool:
         """Take note of what each choice brought; False when the server gave one up."""

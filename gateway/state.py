@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from gateway.explanation import explanation
 from gateway.fleet import Fleet, Pool
 from gateway.ledger import as_record
 from gateway.metrics import health_families, process_families, replica_families
+from gateway.retry_view import keys_state, limits_state, retry_families, retry_state
 from gateway.route_metrics import route_families
 from gateway.runtime import KvSource, Runtime
 from gateway.sources import AdapterChange, AdapterResult
@@ -25,7 +27,7 @@ from routing.index import IndexStats
 from routing.load import Load
 from routing.types import Replica
 
-_SHOWN_SETTINGS = {"server", "shutdown", "auth", "store", "usage_log", "stream"}
+_SHOWN_SETTINGS = {"server", "shutdown", "auth", "store", "usage_log", "stream", "overload"}
 
 
 class LocalSource:
@@ -68,6 +70,7 @@ def fleet_state(runtime: Runtime, index: int, now: float) -> dict[str, Any]:
         "store_mode": runtime.gate.home.mode,
         "waiting": runtime.gate.waiting,
         "request_bytes_held": runtime.body_budget.used_bytes,
+        "overload": runtime.overload.state(),
         "config": config_summary(runtime.settings),
         "models": _models(runtime.settings, runtime.fleet),
         "pools": [_pool_state(pool, runtime, now) for pool in runtime.fleet.pools.values()],
@@ -101,6 +104,8 @@ def _pool_state(pool: Pool, runtime: Runtime, now: float) -> dict[str, Any]:
         "engine": pool.settings.engine,
         "adapters": {each.name: each.path for each in pool.settings.adapters},
         "prefix_index": shown,
+        "retries": retry_state(pool, now),
+        "keys": keys_state(pool, now),
         "replicas": [
             {
                 **_replica_state(pool, replica, runtime.kv_listeners.get(replica), now),
@@ -149,6 +154,7 @@ def _replica_state(pool: Pool, replica: Replica, kv_source: KvSource | None, now
         "share": round(replica.health.share(now), 3),
         "draining": replica.draining,
         "failures": replica.cooldown.failures,
+        "limited_s": limits_state(replica, now),
         "epoch": replica.epoch,
         "load": _load_state(replica.load, now),
         "info": None if upstream.info is None else msgspec.to_builtins(upstream.info),
@@ -180,10 +186,18 @@ def _families(runtime: Runtime) -> Iterator[Metric]:
     replicas = [replica for pool in runtime.fleet.pools.values() for replica in pool.replicas]
     yield from replica_families(replicas, time.monotonic())
     yield from route_families(runtime.fleet.pools.values())
+    yield from retry_families(runtime.fleet.pools.values(), time.monotonic())
     yield from health_families(runtime.witness)
     yield from runtime.gate.metrics.families(runtime.admission)
     yield from runtime.overflow.families()
+    yield from runtime.fallbacks.families()
+    yield from runtime.attempt_metrics.families()
+    yield from runtime.overload.families()
     yield from runtime.adapters.families()
     yield from process_families(
-        runtime.in_flight, runtime.body_budget.used_bytes, runtime.ledger.lost, runtime.metrics.started_unix_s
+        runtime.in_flight,
+        runtime.body_budget.used_bytes,
+        len(asyncio.all_tasks(runtime.loop)),
+        runtime.ledger.lost,
+        runtime.metrics.started_unix_s,
     )

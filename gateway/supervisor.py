@@ -146,7 +146,14 @@ class Supervisor:
         if not self._admin_sockets:
             return None
         sources = [RemoteSource(slot.index, slot.socket_path) for slot in self._slots]
-        app = admin_app(sources, host=self._settings.admin.host, token=self._admin_token, routes=self._routes)
+        settings = self._settings.admin
+        app = admin_app(
+            sources,
+            host=settings.host,
+            token=self._admin_token,
+            routes=self._routes,
+            allowed_hosts=settings.allowed_hosts,
+        )
         return admin_listener(app)
 
     async def _keys_changed(self) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import email.utils
 import re
+from datetime import UTC
 from typing import Any
 
 import orjson
 
 from backends.dialects.protocol import Fault
-from backends.errors import ConnectFailed, HeadTimeout, IdleTimeout, PoolTimeout, UpstreamError
+from backends.errors import ConnectFailed, HeadTimeout, IdleTimeout, OutOfSockets, PoolTimeout, UpstreamError
 from gateway.errors import (
     GatewayError,
     InvalidRequest,
@@ -23,12 +24,15 @@ from gateway.errors import (
     UpstreamOverloaded,
     UpstreamTimeout,
 )
+from gateway.overload.errors import ShortOfDescriptors
 from gateway.record import Outcome
 from gateway.sse import ABORTED, CUT_SHORT
 
 MAX_RETRY_AFTER_S = 300.0
 _LINK_OR_PATH = re.compile(r"(https?://\S+)|(?:/[\w.@+-]+){3,}(?::\d+)?")
 _MAX_MESSAGE = 2000
+_MAX_TIME = 64
+"""Characters of a `retry-after`; the longest form of a date has 33."""
 
 
 class UpstreamRejected(InvalidRequest):
@@ -138,10 +142,12 @@ def from_connection(error: UpstreamError) -> GatewayError:
     """The error for a connection that failed before anything was shown to the client, and may not be tried again."""
     if isinstance(error, PoolTimeout):
         return Overloaded("Every connection to the model server is busy.", retry_after_s=1.0)
+    if isinstance(error, OutOfSockets):
+        return ShortOfDescriptors("This gateway has no socket left for the model server.", retry_after_s=1.0)
     if isinstance(error, HeadTimeout | IdleTimeout):
         return UpstreamStalled("The model server did not answer in time.")
     if isinstance(error, ConnectFailed):
-        return UpstreamFailed("The model server could not be reached.", code="upstream_unreachable")
+        return UpstreamFailed("The model server could not be reached.", code="upstream_unreachable", retry_after_s=1.0)
     return UpstreamFailed("The connection to the model server broke.", code="upstream_disconnected")
 
 
@@ -152,22 +158,33 @@ def clean(message: str) -> str:
 
 
 def parse_retry_after(headers: list[tuple[bytes, bytes]], now_unix_s: float) -> float | None:
-    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); None when absent or unusable."""
-    found = dict(headers)
+    """Seconds to wait, above 0 and up to 300, from `retry-after-ms` or else `retry-after` (seconds, or a date).
+
+    None when there is none, or none that makes sense: negative, in the past, text. Of several the longest counts.
+    """
     for name, scale in ((b"retry-after-ms", 0.001), (b"retry-after", 1.0)):
-        value = found.get(name, b"").decode("latin-1").strip()
-        if not value:
-            continue
-        try:
-            seconds = float(value) * scale
-        except ValueError:
-            try:
-                seconds = email.utils.parsedate_to_datetime(value).timestamp() - now_unix_s
-            except (ValueError, TypeError):
-                continue
-        if 0 < seconds < float("inf"):
-            return min(seconds, MAX_RETRY_AFTER_S)
+        found = [_seconds(value, scale, now_unix_s) for header, value in headers if header.lower() == name]
+        longest_s = max((each for each in found if each is not None), default=None)
+        if longest_s is not None:
+            return min(longest_s, MAX_RETRY_AFTER_S)
     return None
+
+
+def _seconds(value: bytes, scale: float, now_unix_s: float) -> float | None:
+    """What one header says, if that is a time to come."""
+    text = value.decode("latin-1").strip()
+    if not text or len(text) > _MAX_TIME or "_" in text:  # float() would take 1_000 for a number
+        return None
+    try:
+        seconds = float(text) * scale
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(text)
+            # RFC 9110 knows no other zone than GMT; without one, Python would take this machine's.
+            seconds = date.replace(tzinfo=date.tzinfo or UTC).timestamp() - now_unix_s
+        except (ValueError, TypeError, OverflowError, IndexError):
+            return None
+    return seconds if 0 < seconds < float("inf") else None
 
 
 def error_of(body: bytes) -> dict[str, Any]:

@@ -18,16 +18,21 @@ _MAX_USAGE_BYTES = 4096
 
 
 def from_stream(exchange: Exchange, reader: StreamReader) -> None:
-    """Take over what the stream's reader saw, however the stream ended."""
-    exchange.content_events = reader.content_events
-    exchange.content_bytes = reader.content_bytes
+    """Add what the stream's reader saw, however the stream ended; once for each that the client has seen content of."""
+    exchange.content_events += reader.content_events
+    exchange.content_bytes += reader.content_bytes
     if exchange.usage is None:
         exchange.usage = reader.usage
 
 
 def parsed(body: bytes) -> Any:
     """The body as a tree, when it is small enough to be parsed for a few numbers; else, or when it is no JSON, None."""
-    return _json(body) if len(body) <= _PARSE_WHOLE_BYTES else None
+    return _json(body) if parses(body) else None
+
+
+def parses(body: bytes) -> bool:
+    """Whether `parsed` looks at a body of this size."""
+    return len(body) <= _PARSE_WHOLE_BYTES
 
 
 def from_whole(body: bytes, read_usage: ReadUsage = openai_usage, tree: Any = None) -> Usage | None:

@@ -25,6 +25,7 @@ from gateway.errors import Draining
 from gateway.ledger import Ledger
 from gateway.listener import Listener, admin_listener, inference_listener
 from gateway.metrics import Metrics
+from gateway.overload.descriptors import PER_REPLICA, SPARE, make_room, open_now
 from gateway.runtime import Runtime
 from gateway.sharing.service import Sharing
 from gateway.sources import Source
@@ -64,6 +65,7 @@ class Worker:
         workers: int = 1,
     ) -> None:
         path = settings.usage_log.path
+        self._workers = workers
         self._sockets = sockets
         self._admin_sockets = admin_sockets
         self._ledger = Ledger(None if path is None else Path(path))
@@ -130,6 +132,12 @@ class Worker:
             await self._sharing.first_look(FIRST_LOOK_S)
         listener, sweep = inference_listener(build_app(runtime), runtime)
         runtime.ticker.add(sweep)
+        runtime.overload.start(
+            descriptors=self._make_room(),
+            unsent=lambda: sweep.unsent_bytes,
+            largest_bytes=runtime.settings.server.max_body_bytes,
+            workers=self._workers,
+        )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(listener.serve(list(self._sockets)))
             admin: Listener | None = None
@@ -148,6 +156,20 @@ class Worker:
             await self._sharing.aclose()
         await self._watcher.aclose()
         await runtime.aclose()
+
+    def _make_room(self) -> int:
+        """Have fewer clients than there are descriptors; returns how many there are."""
+        server = self._runtime.settings.server
+        pools = self._runtime.fleet.pools.values()
+        found = make_room(
+            wanted=server.max_connections,
+            upstream=sum(pool.settings.connections.max * len(pool.replicas) for pool in pools),
+            other=open_now() + SPARE + PER_REPLICA * sum(len(pool.replicas) for pool in pools),
+            asked_for="max_connections" in server.model_fields_set,
+        )
+        if found.max_connections < server.max_connections:
+            self._runtime.overload.max_connections = found.max_connections
+        return found.limit
 
     async def _drain(self, runtime: Runtime, listener: Listener) -> None:
         shutdown = runtime.settings.shutdown

@@ -44,7 +44,11 @@ def serve_alone(
             sockets=sockets,
             admin_sockets=admin_sockets,
             build_admin=lambda source, admission: admin_app(
-                [source], host=settings.admin.host, token=admin_token, routes=admission.admin_routes()
+                [source],
+                host=settings.admin.host,
+                token=admin_token,
+                routes=admission.admin_routes(),
+                allowed_hosts=settings.admin.allowed_hosts,
             ),
         )
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from gateway.admission.carrier import RENEW_EVERY_S
 from gateway.admission.home import Home, Mode
@@ -29,7 +30,8 @@ from gateway.admission.waits import ToldWaits, longest_wait_s
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.keys.directory import Directory
-from gateway.keys.errors import Unauthenticated
+from gateway.keys.errors import TooManyFailedKeys, Unauthenticated
+from gateway.keys.failures import FailedKeys
 from gateway.keys.principal import Principal
 from gateway.limits.errors import refusal_error
 from gateway.limits.estimate import Estimate, Estimator
@@ -78,6 +80,7 @@ class Gate:
         self._wake = asyncio.Event()
         self.settings = settings
         self._anonymous = anonymous
+        self._failed_keys = FailedKeys()
         self._standing: dict[Mode, Headers] = {
             mode: [(b"x-tidegate-queue-ms", b"0"), (b"x-tidegate-store", mode.value.encode())] for mode in Mode
         }
@@ -87,9 +90,26 @@ class Gate:
         """What every reply says of admission when nothing applied to its request."""
         return self._standing[self.home.mode]
 
-    def identify(self, headers: list[tuple[bytes, bytes]]) -> Principal:
-        """Raises `Unauthenticated` and `KeysUnavailable`."""
-        return self._anonymous if self.directory is None else self.directory.authenticate(headers, time.time())
+    def identify(self, headers: list[tuple[bytes, bytes]], client: tuple[str, int] | None = None) -> Principal:
+        """Who sends a request from this address. Raises `Unauthenticated`, `TooManyFailedKeys`, `KeysUnavailable`."""
+        if self.directory is None:
+            return self._anonymous
+        try:
+            return self.directory.authenticate(headers, time.time())
+        except Unauthenticated:
+            wait_s = 0.0 if client is None else self._failed_keys.take(client[0], time.monotonic())
+            if not wait_s:
+                raise
+            raise TooManyFailedKeys(
+                "Too many requests from this address came without a valid API key.", retry_after_s=wait_s
+            ) from None
+
+    def cache_salt(self, tenant: str, fields: Mapping[str, Any]) -> str | None:
+        """What engines keep a tenant's cache apart by, where the model isolates tenants. None: there is but one."""
+        if self.directory is None:
+            return None
+        own = fields.get("cache_salt")
+        return self.directory.cache_salt(tenant, own if isinstance(own, str) else "" if own is None else repr(own))
 
     def counts_long(self, order: Order) -> bool:
         """Whether counting the prompt's tokens would hold up the event loop: an exact tokeniser and a long prompt."""
@@ -230,9 +250,15 @@ class Gate:
         Raises what `enter` does, holding nothing.
         """
         self._undo(visit)
-        base, _, number = visit.id.partition("~")
-        other = self.visit(visit.principal, order, visit.exchange, visit.estimate, f"{base}~{int(number or 1) + 1}")
+        visit.moves += 1  # kept here too: after a failure it is this visit that is moved again
+        estimate: Estimate | None = visit.estimate
+        if order.route.model != visit.order.route.model:  # which has other limits, hard ones perhaps, and tokens
+            visit.exchange.max_tokens_set = None
+            estimate = await self.count(visit.principal, order) if self.counts_long(order) else None
+        id = f"{visit.id.partition('~')[0]}~{visit.moves + 1}"
+        other = self.visit(visit.principal, order, visit.exchange, estimate, id)
         if other is not None:
+            other.moves = visit.moves
             try:
                 await self.enter(other, relay)
             except BaseException:
@@ -357,7 +383,7 @@ class Gate:
                 visit.order.route.model, exchange.key_id, visit.estimate.chars, usage, visit.order.expected_choices
             )
             self.estimator.learn_stream(visit.order.route.model, exchange.content_bytes, usage.completion_tokens)
-        if exchange.ttft_s is not None and not exchange.spill:
+        if exchange.ttft_s is not None and not exchange.spill and not exchange.fallback_from:
             self.metrics.answered(visit.order.route.model, exchange.ttft_s - exchange.queue_s)
         self.metrics.estimated += exchange.usage_estimated
         if settled.used.micros:

@@ -12,8 +12,6 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from starlette.routing import Route
-
 from gateway.admission.gate import Gate
 from gateway.admission.home import Home
 from gateway.admission.metrics import AdmissionMetrics
@@ -26,6 +24,7 @@ from gateway.keys.configured import static_records, tenant_records
 from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.limits.estimate import CountTokens, Estimator
 from gateway.limits.plan import Planner, SpendBook
+from gateway.policy import GuardedRoute
 from gateway.store import MemoryStore, Store
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ class Admission:
             logger.warning("database: no answer within %g s; it is asked again", KEYS_WITHIN_S)
         return False
 
-    def admin_routes(self) -> list[Route]:
+    def admin_routes(self) -> list[GuardedRoute]:
         """The operators' routes for keys and tenants of this worker, when it is the only one."""
         return admin_routes(self.gate.settings, self._keys_changed, self.records)
 

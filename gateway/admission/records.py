@@ -7,9 +7,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from starlette.routing import Route
-
 from gateway.config import Settings
+from gateway.policy import GuardedRoute
 
 if TYPE_CHECKING:  # imported where it is used: a gateway without keys and budgets does not load SQLAlchemy
     from gateway.database.database import Database
@@ -77,7 +76,7 @@ def pepper_of(settings: Settings) -> bytes | None:
 
 def admin_routes(
     settings: Settings, on_changed: Callable[[], Awaitable[None]], records: Records | None = None
-) -> list[Route]:
+) -> list[GuardedRoute]:
     """The operators' routes for keys and tenants, on these records or on a way of their own to the database.
 
     Raises `AdmissionError`.

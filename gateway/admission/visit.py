@@ -57,6 +57,8 @@ class Visit(msgspec.Struct, eq=False):
     lease_due_at: float = 0.0
     """When its leases have to be renewed, in `time.monotonic()` seconds."""
     left: bool = False
+    moves: int = 0
+    """How often its request has gone on elsewhere."""
 
     @property
     def in_line(self) -> bool:

@@ -4,6 +4,7 @@
 everything that is wrong. Nothing here opens a socket or changes the process.
 """
 
+from gateway.config.caps import Caps
 from gateway.config.limit_checks import needs_shared_store
 from gateway.config.limits import DEFAULT_TENANT, LimitBlock, Queue, StaticKey, Tenant
 from gateway.config.load import (
@@ -27,6 +28,7 @@ __all__ = [
     "RESTART_ONLY",
     "Admin",
     "Backend",
+    "Caps",
     "ConfigError",
     "Connections",
     "ExchangeRates",

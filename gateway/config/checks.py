@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from pydantic import SecretStr
 from pydantic_core import PydanticCustomError
 
+from gateway.config.overload import Overload
 from gateway.config.problems import Finding, Path, did_you_mean, looks_secret, show_path, shown
 from gateway.config.routing_checks import check_routing
 from gateway.config.schema import Admin, Server
@@ -29,8 +31,10 @@ def cross_check(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _listeners(data)
     yield from _admin_token(data)
     yield from _sizes(data)
+    yield from _overload(data)
     yield from _model_names(data)
     yield from _model_backends(data)
+    yield from _keys(data)
     yield from _replicas(data)
     yield from _adapters(data)
     yield from check_routing(data)
@@ -127,6 +131,19 @@ def _sizes(data: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
+def _overload(data: dict[str, Any]) -> Iterator[Finding]:
+    """The levels have to come one after the other."""
+    section, defaults = _mapping(data, "overload"), Overload()
+    names = ("shed_sheddable_at", "shed_batch_at", "critical_only_at")
+    for lower, upper in pairwise(names):
+        low, high = section.get(lower, getattr(defaults, lower)), section.get(upper, getattr(defaults, upper))
+        if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
+            name = upper if upper in section else lower
+            yield Finding(
+                ("overload", name), f"{lower} ({low:g}) is above {upper} ({high:g})", "write them in rising order"
+            )
+
+
 def _model_names(data: dict[str, Any]) -> Iterator[Finding]:
     """A name that a client can ask for has to mean one model."""
     models = _mapping(data, "models")
@@ -152,6 +169,24 @@ def _model_backends(data: dict[str, Any]) -> Iterator[Finding]:
         if isinstance(wanted, str) and wanted not in backends:
             hint = did_you_mean(wanted, backends) or "add it under backends"
             yield Finding(("models", name, "backend"), f"{shown(wanted)} is not the name of a backend", hint)
+
+
+def _keys(data: dict[str, Any]) -> Iterator[Finding]:
+    """One key or several, and each of them once."""
+    for name, backend in _mapping(data, "backends").items():
+        several = backend.get("api_keys") if isinstance(backend, dict) else None
+        if several is None:
+            continue
+        path: Path = ("backends", name, "api_keys")
+        if backend.get("api_key") is not None:
+            yield Finding(path, f"{show_path((*path[:-1], 'api_key'))} is given as well", "keep one of the two")
+        seen: dict[str, int] = {}
+        for index, key in enumerate(several if isinstance(several, (list, tuple)) else ()):
+            value = key.get_secret_value() if isinstance(key, SecretStr) else ""
+            if value in seen:
+                yield Finding((*path, index), f"is the same key as [{seen[value]}]", "leave one of them out")
+            elif value:
+                seen[value] = index
 
 
 def _replicas(data: dict[str, Any]) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from random import Random
 from typing import Any
 
+from gateway.config.fallback_checks import check_fallbacks, check_hedge
 from gateway.config.problems import Finding, Path, did_you_mean, shown
 
 
@@ -26,6 +27,10 @@ def check_routing(data: dict[str, Any]) -> Iterator[Finding]:
             yield from _template(template, ("models", name, "chat_template"))
         if isinstance(model.get("spill"), dict):
             yield from _spill(data, model, ("models", name, "spill"))
+        if isinstance(model.get("fallbacks"), (list, tuple)):
+            yield from check_fallbacks(data, name, model)
+        if isinstance(model.get("hedge"), dict):
+            yield from check_hedge(data, name, model)
 
 
 def _policy(policy: str, path: Path) -> Iterator[Finding]:

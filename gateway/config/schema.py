@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gateway.config.caps import Caps
 from gateway.config.limits import DefaultLimits, Keys, Redis, Tenant
+from gateway.config.overload import Overload
 from gateway.config.secrets import Secret
 from gateway.config.upstreams import Backend, Model, Timeouts
 from gateway.config.values import (
@@ -18,6 +20,7 @@ from gateway.config.values import (
     DatabaseUrl,
     FilePath,
     Host,
+    HostName,
     ModelName,
     Name,
     Number,
@@ -57,6 +60,15 @@ class Server(Section):
         description="How hot routes are served: `protocol` straight from the HTTP parser, `asgi` through "
         "the framework. "
         "The behaviour is the same; `protocol` costs less CPU.",
+    )
+    allowed_hosts: tuple[HostName, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Names that requests may give in `Host`, and web pages in `Origin`, without ports; `.x.org` stands "
+        "for all below x.org, `*` for any. Empty: with `auth: insecure` on TCP this machine's own names (localhost, "
+        "loopback addresses, `host`), since any web page could have a browser send requests here otherwise; with "
+        "keys, any.",
+        examples=[["gateway.internal"]],
     )
     max_body_bytes: Whole = Field(
         default=10_485_760,
@@ -153,6 +165,14 @@ class Admin(Section):
     port: Whole = Field(
         default=7401, ge=0, le=65535, description="TCP port. 0 takes any free one. One above the server's."
     )
+    allowed_hosts: tuple[HostName, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Names that requests may give in `Host`, without ports; `.x.org` stands for all below x.org, `*` "
+        "for any. Empty: on a loopback address this machine's own names, so that no web page can make a browser ask "
+        "here (DNS rebinding); elsewhere any, since nothing there is open without the token.",
+        examples=[["tidegate-admin.internal"]],
+    )
     token: Secret | None = Field(
         default=None,
         description="Bearer token for the admin listener, at least 16 bytes, as a reference {env: NAME} or "
@@ -245,6 +265,7 @@ class Settings(BaseSettings):
     limits: DefaultLimits = Field(
         default=DefaultLimits(), description="Limits of every key, tenant and user that has none of its own."
     )
+    caps: Caps = Field(default=Caps(), description="How much of an engine a single request may ask for.")
     usage_log: UsageLog = Field(default=UsageLog(), description="The record of exchanges.")
     region: Region | None = Field(
         default=None,
@@ -258,6 +279,9 @@ class Settings(BaseSettings):
         examples=[{"eu-west": {"us-east": 80}}],
     )
     stream: Stream = Field(default=Stream(), description="How streams are relayed.")
+    overload: Overload = Field(
+        default=Overload(), description="What is refused before the gateway would run out of something."
+    )
     models: Mapping[ModelName, Model] = Field(default={}, description="The models that clients may ask for, by name.")
     backends: Mapping[Name, Backend] = Field(default={}, description="The pools of replicas, by name.")
 

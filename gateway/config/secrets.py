@@ -57,8 +57,9 @@ class Place:
     """A spot in the raw configuration that holds a secret."""
 
     path: Path
-    holder: dict[str, Any]
-    key: str
+    holder: Any
+    """The mapping or list that it is in."""
+    key: str | int
 
     @property
     def raw(self) -> Any:
@@ -77,8 +78,8 @@ def secret_places(kind: Kind, data: Any, path: Path = ()) -> Iterator[Place]:
         below = child(kind, key)
         if below is None:
             continue
-        if kind_of(below) is SecretStr and isinstance(data, dict):
-            yield Place((*path, key), data, str(key))
+        if kind_of(below) is SecretStr:
+            yield Place((*path, key), data, key)
         else:
             yield from secret_places(below, value, (*path, key))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gateway.config.fallbacks import FallbackEntry, Hedge
 from gateway.config.limits import LimitBlock, Queue
 from gateway.config.prices import ExchangeRates, Price
 from gateway.config.replicas import AdapterFile, Engine, HeaderName, HeaderValue, Health, KeyHeader, Replica
@@ -27,6 +28,9 @@ from gateway.config.values import (
 _Connect = Annotated[Number, Field(gt=0, le=60)]
 _Phase = Annotated[Number, Field(gt=0, le=HOUR_S)]
 _Total = Annotated[Number, Field(gt=0, le=DAY_S)]
+
+_MediaHost = Annotated[str, Field(pattern=r"^(\*|\.?[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)$")]
+_FieldName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 
 _CONNECT = "Seconds to open a connection to a replica."
 _FIRST_TOKEN = "Seconds from sending a streaming request to its first content. Without streaming only `total_s` counts."
@@ -102,6 +106,18 @@ class Model(Section):
         description="Where its requests go when the model's own replicas would keep them waiting for too long. Null: "
         "nowhere.",
     )
+    fallbacks: tuple[FallbackEntry, ...] = Field(
+        default=(),
+        max_length=16,
+        description="Who is asked, in this order, when the model's own replicas cannot answer: names of other models, "
+        "or the same model at other backends. None by default: nobody gets another model than the one asked for "
+        "unless you say so.",
+        examples=[["chat-small", {"backend": "rented"}]],
+    )
+    hedge: Hedge | None = Field(
+        default=None,
+        description="When a short prompt whose first token is late is sent to a second replica too. Null: never.",
+    )
     limits: LimitBlock = Field(default=LimitBlock(), description="The model as a whole, all tenants together.")
     tenant_limits: LimitBlock = Field(default=LimitBlock(), description="Each tenant's use of this model.")
     tokenizer: FilePath | None = Field(
@@ -116,6 +132,12 @@ class Model(Section):
         "tokens instead of their text. Null: chat_template.jinja or tokenizer_config.json beside the tokenizer; where "
         "there is neither, text is compared.",
         examples=["/models/chat/chat_template.jinja"],
+    )
+    continuation: Switch = Field(
+        default=False,
+        description="Whether a stream whose replica dies in the middle is gone on with at another one, which is sent "
+        "the text so far as the beginning of its answer. False: it ends with an error event, since what follows may be "
+        "other words than the first replica's would have been. docs/reliability.md says what it takes.",
     )
     isolate_tenants: Switch = Field(
         default=False,
@@ -144,6 +166,31 @@ class Connections(Section):
     )
 
 
+class Retries(Section):
+    """How much a pool may be asked again; each worker process counts for itself."""
+
+    share: Number = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Retries for each request of the last ten seconds. A tenth keeps a pool that fails everything from "
+        "being asked twice as much for it. Requests that were under way when their replica died move without charge.",
+    )
+    per_s: Number = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="Retries a second on top, so that a quiet pool has some; ten seconds' worth can be used at once.",
+    )
+    attempts: Whole = Field(
+        default=3,
+        ge=1,
+        le=10,
+        description="How often one request is sent at most. Replicas that are not there do not count, nor do keys that "
+        "are refused.",
+    )
+
+
 class Backend(Section):
     """A pool of interchangeable replicas of one engine."""
 
@@ -154,13 +201,23 @@ class Backend(Section):
     )
     hosted: Switch | None = Field(
         default=None,
-        description="Whether the replicas are rented: asked seldom how they are, and never asked twice for an answer "
-        "that may have been billed. Null: as the engine is; openai counts as your own, so set it for a hosted API.",
+        description="Whether the replicas are rented: asked seldom how they are, and asked again no more than once for "
+        "an answer that may have been billed. Null: as the engine is; openai counts as your own, so set it for a "
+        "hosted API.",
     )
     api_key: Secret | None = Field(
         default=None,
         description="Key sent to the replicas as a bearer token, as a reference {env: NAME} or {file: PATH}. "
         "Null: none is sent; engines on a private network usually want none.",
+    )
+    api_keys: tuple[Secret, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="Several keys instead of one api_key, each as a reference. The first is used until it is refused "
+        "or limited (401, 402, 403, 429), then the next: not in turn, since providers cache prompts by account. Null: "
+        "api_key alone.",
+        examples=[[{"env": "FIRST_KEY"}, {"file": "/run/secrets/second_key"}]],
     )
     key_header: KeyHeader | None = Field(
         default=None,
@@ -202,8 +259,26 @@ class Backend(Section):
         examples=[[{"url": "http://127.0.0.1:30000"}]],
     )
     timeouts: Timeouts = Field(default=Timeouts(), description="How long each phase of an exchange may take.")
+    retries: Retries = Field(
+        default=Retries(), description="How much the pool is asked again for requests that failed before an answer."
+    )
     connections: Connections = Field(default=Connections(), description="The connections kept to each replica.")
     queue: Queue = Field(default=Queue(), description="Who waits for a full pool, and for how long.")
+    remote_media: tuple[_MediaHost, ...] | None = Field(
+        default=None,
+        max_length=1000,
+        description="Hosts from which engines may fetch pictures, sound and video that messages name by URL; `.x.org` "
+        "stands for all below x.org, `*` for all. Null: none for your own engines, which stand where clients do not "
+        "reach, and all for hosted APIs. Pictures inside of requests (data: URLs) always pass.",
+        examples=[["images.example.com"]],
+    )
+    allow_fields: tuple[_FieldName, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Fields of requests that are refused because they are code or have stopped engines, and that "
+        "clients of this pool may set all the same; docs/security.md lists them. None by default.",
+        examples=[["mm_processor_kwargs"]],
+    )
     max_response_bytes: Whole = Field(
         default=67_108_864,
         ge=1024,

@@ -7,6 +7,7 @@ dropped, because the gateway adds it to every request.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -18,7 +19,9 @@ MAX_SOCKET_PATH_BYTES = 107
 
 _EXAMPLE = "write e.g. http://127.0.0.1:30000"
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\.?")
-_SEGMENT = re.compile(r"[A-Za-z0-9._~%+-]+")
+_NUMBER = re.compile(r"(?:^|\.)(?:0x[0-9A-Fa-f]*|[0-9]+)\.?$", re.IGNORECASE)
+"""By its last label a host is an address (WHATWG URL): `2130706433`, `0x7f.1` and `127.1` are all 127.0.0.1."""
+_SEGMENT = re.compile(r"(?:[A-Za-z0-9._~+-]|%[0-9A-Fa-f]{2})+")
 _ENDPOINTS = {"v1", "chat", "completions", "models", "embeddings", "responses"}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -81,11 +84,26 @@ def _host_and_port(text: str, parts: SplitResult, port: int | None) -> str:
         raise wrong(f"{shown(text)} names no usable port", _EXAMPLE)
     if port is None:
         port = _DEFAULT_PORTS[parts.scheme]
-    if ":" in host:  # urlsplit has checked the address between the brackets
+    if ":" in host:  # urlsplit has checked the address between the brackets, and not what comes behind them
+        if not re.fullmatch(r"\[[^]]*\](:[0-9]+)?", parts.netloc):
+            raise wrong(f"{shown(text)} has a host that is neither a name nor an address", _EXAMPLE)
         return f"[{host}]:{port}"
     if not _HOST.fullmatch(host) or ".." in host:
         raise wrong(f"{shown(text)} has a host that is neither a name nor an address", _EXAMPLE)
+    if _NUMBER.search(host) and not _is_ipv4(host):
+        raise wrong(
+            f"{shown(text)} has a host that is a number: programs read such addresses differently",
+            "write all four parts in decimal, e.g. 127.0.0.1",
+        )
     return f"{host}:{port}"
+
+
+def _is_ipv4(host: str) -> bool:
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _socket(parts: SplitResult) -> str:

@@ -133,6 +133,10 @@ OptionalName = Annotated[
 """A name that something else fills in: null and nothing are kept as an empty text."""
 
 Host = Annotated[str, AfterValidator(checked_host)]
+HostName = Annotated[
+    str, Field(pattern=r"^(\*|\.?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?|\[?[0-9A-Fa-f:.]+\]?)$")
+]
+"""A name in a list of those that are meant: in full, all below one (`.x.org`), or any (`*`)."""
 FilePath = Annotated[Path, BeforeValidator(_path)]
 SocketPath = Annotated[Path, AfterValidator(_socket_path), BeforeValidator(_path)]
 ReplicaUrl = Annotated[str, AfterValidator(normal_url)]

@@ -102,7 +102,7 @@ class InferenceEndpoint:
         if body is None:
             return
         headers: Headers = list(scope["headers"])
-        call = Call(scope["path"], headers, body, received_at)
+        call = Call(scope["path"], headers, body, received_at, scope["client"])
         exchange = asyncio.create_task(serve(call, reply, self._runtime))
         watch = asyncio.create_task(_watch(receive, exchange, reply))
         try:

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
 from gateway.config import Server
+from gateway.edges.hosts import HostList
 from gateway.errors import GatewayError, InvalidRequest
 
 SWEEP_EVERY_S = 0.25
@@ -20,9 +21,9 @@ _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?",
 
 
 def head_problem(
-    version: str, target: bytes, headers: list[tuple[bytes, bytes]], limits: Server
+    version: str, target: bytes, headers: list[tuple[bytes, bytes]], limits: Server, names: HostList | None = None
 ) -> GatewayError | None:
-    """What is wrong with a request head beyond its syntax; None when nothing is.
+    """What is wrong with a request head beyond its syntax; None when nothing is. `names`: those that it may ask for.
 
     Two of these headers mean that somebody in front of us may read the request differently, which is how requests are
     smuggled (RFC 9112 §11.2); there is no harmless reading of them.
@@ -31,12 +32,17 @@ def head_problem(
         return _problem(400, "This server speaks HTTP/1.1.", "unsupported_version")
     size = len(target)
     hosts = authorizations = lengths = encodings = 0
+    foreign: GatewayError | None = None
     for name, value in headers:
         size += len(name) + len(value) + 4
         if name == b"host":
             hosts += 1
+            if names is not None and value in names.seen:
+                continue
             if not _HOST.fullmatch(value):
                 return _problem(400, "The Host header is not a host name with an optional port.", "invalid_host")
+            if names is not None:
+                foreign = foreign or names.host_problem(value)
         elif name == b"authorization":
             authorizations += 1
         elif name == b"content-length":
@@ -47,6 +53,8 @@ def head_problem(
                 return _problem(400, "The only transfer coding is chunked, and only in HTTP/1.1.", "invalid_framing")
         elif name == b"content-encoding" and value.lower() != b"identity":
             return _problem(415, "Compressed request bodies are not accepted.", "unsupported_encoding")
+        elif names is not None and name == b"origin":
+            foreign = foreign or names.origin_problem(value)
     if size > limits.max_header_bytes:
         return _problem(431, f"The request head is larger than {limits.max_header_bytes} bytes.", "headers_too_large")
     if len(headers) > limits.max_header_count:
@@ -57,7 +65,7 @@ def head_problem(
         return _problem(400, "A request must not have two Authorization headers.", "duplicate_authorization")
     if lengths > 1 or encodings > 1 or (lengths and encodings):
         return _problem(400, "Content-Length must come once, and not beside Transfer-Encoding.", "invalid_framing")
-    return None
+    return foreign
 
 
 def _problem(status: int, message: str, code: str) -> InvalidRequest:
@@ -94,6 +102,8 @@ class Sweep:
         self._connections: set[Guarded] = state.connections  # type: ignore[assignment]
         self._write_stall_timeout_s = write_stall_timeout_s
         self._next_at = 0.0
+        self.unsent_bytes = 0
+        """What clients that read slowly had not fetched at the last look, all together."""
 
     def tick(self, now: float) -> None:
         now = time.monotonic()
@@ -101,13 +111,16 @@ class Sweep:
             return
         self._next_at = now + SWEEP_EVERY_S
         stalled_before = now - self._write_stall_timeout_s
+        total_bytes = 0
         for connection in list(self._connections):
             if connection.stalled_since is not None:
                 unsent_bytes = connection.transport.get_write_buffer_size()
                 if unsent_bytes < connection.unsent_bytes:  # slow is not stalled
                     connection.stalled_since = now if unsent_bytes else None
                 connection.unsent_bytes = unsent_bytes
+                total_bytes += unsent_bytes
             if connection.stalled_since is not None and connection.stalled_since < stalled_before:
                 connection.transport.abort()
             elif connection.expires_at < now:
                 connection.expire()
+        self.unsent_bytes = total_bytes

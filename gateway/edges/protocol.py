@@ -30,6 +30,9 @@ from gateway.order import INFERENCE_PATHS, Call
 from gateway.runtime import Runtime
 
 _HOT_PATHS = {path.encode(): path for path in INFERENCE_PATHS}
+WRITE_BUFFER_BYTES = 32_768
+"""What waits in our memory for a client before its source is paused; half of asyncio's own. The kernel has a buffer too
+(`SEND_BUFFER_BYTES`), so that nobody who reads notices; of those who do not there may be thousands."""
 _LAST_READ_S = 2.0
 """How long a refused client may go on sending. Closing at once would be a reset, and take the refusal with it."""
 _MAX_PIPELINED = 100
@@ -84,8 +87,9 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self.expires_at = time.monotonic() + self.limits.header_timeout_s
-        if len(self.connections) > self.limits.max_connections:
+        if len(self.connections) > (self.runtime.overload.max_connections or self.limits.max_connections):
             self._refuse(Overloaded("This gateway has as many connections as it takes.", retry_after_s=1.0))
             self.transport.close()
 
@@ -102,7 +106,11 @@ class GatewayProtocol(HttpToolsProtocol):
         for waiting in self._open:
             waiting.disconnected = True
             waiting.message_event.set()
+            # Not left to the garbage collector: request and connection refer to each other, and the bytes are in
+            # nobody's budget any more.
+            waiting.body = [] if isinstance(waiting, SocketReply) else b""
             if isinstance(waiting, SocketReply) and waiting.task is not None:
+                waiting.task.add_done_callback(waiting.forget)
                 waiting.task.cancel()
         self._open.clear()
 
@@ -198,7 +206,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._in_head = False
         self._advanced = True
         version = self.parser.get_http_version()
-        problem = head_problem(version, self.url, self.headers, self.limits)
+        problem = head_problem(version, self.url, self.headers, self.limits, self.runtime.hosts)
         if problem is not None:
             self._stop(problem)
         if self.parser.should_upgrade():
@@ -209,8 +217,9 @@ class GatewayProtocol(HttpToolsProtocol):
         if len(self._open) > _MAX_PIPELINED:
             self._stop(InvalidRequest("Too many pipelined requests.", code="too_many_requests"))
         chunked = length == 0 and any(name == b"transfer-encoding" for name, _ in self.headers)
-        if chunked or length > _FIRST_TAKE_BYTES or (length and self.runtime.body_budget.scarce):
-            self._know_who_sends_it()
+        large = chunked or length > _FIRST_TAKE_BYTES
+        if large or (length and self.runtime.body_budget.scarce):
+            self._know_who_sends_it(large)
         self._take_budget(min(length, _FIRST_TAKE_BYTES))
         self.expires_at = time.monotonic() + self.limits.body_timeout_s
         path = _HOT_PATHS.get(self.url)
@@ -235,10 +244,13 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.expect_100_continue and version != "1.0":  # which knows no interim responses
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _know_who_sends_it(self) -> None:
-        """A body that may be large is only taken from a caller who is known: others could fill the byte budget."""
+    def _know_who_sends_it(self, large: bool) -> None:
+        """A body that may be large is only taken from a caller who is known: others could fill the byte budget. And it
+        is not taken at all when its class is shed; what is small is read first, so that there is a record of it."""
         try:
-            self.runtime.gate.identify(self.headers)
+            caller = self.runtime.gate.identify(self.headers, self.client)
+            if large and self.runtime.overload.level:
+                self.runtime.overload.check_unread(caller, self.headers)
         except GatewayError as problem:
             self._stop(problem)
 
@@ -278,7 +290,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         body = reply.body[0] if len(reply.body) == 1 else b"".join(reply.body)
         reply.body = []
-        call = Call(reply.path, reply.headers, body, self._began_at)
+        call = Call(reply.path, reply.headers, body, self._began_at, self.client)
         reply.task = self.loop.create_task(serve(call, reply, self.runtime))
 
     def on_response_complete(self) -> None:

@@ -103,12 +103,20 @@ class SocketReply:
             self._protocol.transport.write(end)
         self._complete()
 
+    def forget(self, _: object) -> None:
+        """Its task has ended in an error, whose traceback holds the request, which holds this: let go of it now.
+
+        A request of 10 MB would wait for the garbage collector, which counts objects and not their size.
+        """
+        self.task = None
+
     def abort(self) -> None:
         self._protocol.transport.abort()
 
     def _render(self, status: int, headers: Headers, framing: bytes) -> bytes:
         protocol = self._protocol
-        if protocol.runtime.draining:
+        runtime = protocol.runtime
+        if runtime.draining or runtime.overload.closing:
             self.keep_alive = False
         lines = [b"%b: %b\r\n" % header for header in headers]
         lines += [b"%b: %b\r\n" % header for header in protocol.server_state.default_headers]

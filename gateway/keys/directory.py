@@ -25,6 +25,7 @@ from gateway.limits.sets import LimitSet, overlaid
 
 _CARRIERS = frozenset((b"authorization", b"x-api-key", b"api-key"))
 """OpenAI's header, Anthropic's and Azure's."""
+_MOST_SALTS = 10_000
 _REFUSED = "The API key is missing, or it is not valid. Send a valid one as: Authorization: Bearer <key>."
 _UNREADABLE = "API keys cannot be checked at the moment. Try again in a second."
 
@@ -83,6 +84,7 @@ class Directory:
         self._static: dict[bytes, KeyRecord] = {}
         self._recorded: dict[str, KeyRecord] = {}
         self._holders: dict[str, _Holder] = {}
+        self._salts: dict[str, str] = {}
         self.freshness = freshness
 
     def __len__(self) -> int:
@@ -144,6 +146,17 @@ class Directory:
                 valid = entry.until_unix_s > now_unix_s and not entry.holder.merged.disabled
                 return Principal(entry.principal.key, entry.holder.merged) if valid else None
         return None
+
+    def cache_salt(self, tenant: str, own: str) -> str:
+        """What an engine keeps this tenant's cache apart by, and within it by what the tenant says itself: 32 hex
+        digits, the same at every gateway with this pepper, from which nobody learns the tenant's name."""
+        salt = self._salts.get(tenant) if not own else None
+        if salt is None:
+            # No key begins with a zero byte, so that this is the digest of none.
+            salt = self._digest(b"\0cache\0%b\0%b" % (tenant.encode(), own.encode()))[:16].hex()
+            if not own and len(self._salts) < _MOST_SALTS:
+                self._salts[tenant] = salt
+        return salt
 
     def knows_tenant(self, name: str) -> bool:
         """Whether a key, the configuration or the database names this tenant."""

@@ -2,6 +2,7 @@
 
 GatewayError
 ├── Unauthenticated      401  no key, or none that is valid now; never which of these
+├── TooManyFailedKeys    429  the same, from an address that has shown too many of these
 ├── KeysUnavailable      503  the keys on record cannot be read, so that nobody can say
 └── Forbidden            403  a valid key that may not do this
     ├── ModelNotAllowed
@@ -23,6 +24,12 @@ class Unauthenticated(InvalidRequest):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         return [*super().headers(), (b"www-authenticate", b"Bearer")]
+
+
+class TooManyFailedKeys(InvalidRequest):
+    status = 429
+    code = "too_many_failed_keys"
+    should_retry = False
 
 
 class KeysUnavailable(GatewayError):

@@ -105,8 +105,10 @@ class Board:
         was_reachable = replica.health.unavailable_reason(now) != "cooling_down"
         if note.readiness == Readiness.UNAUTHORIZED:
             credential = replica.credential
-            # A key may be good for requests and not for reading models or an account.
-            if credential is not None and not credential.proven and credential.refused(now, 403):
+            # A key may be good for requests and not for reading models or an account. Of several, another worker may
+            # have asked with another one than this worker would: requests will find out which are good.
+            alone = credential.keys[0] if credential is not None and len(credential.keys) == 1 else None
+            if credential and alone and not alone.proven and credential.refused(now, 403):
                 logger.warning("pool %s: %s refuses the key: %s", replica.pool, replica.name, note.detail)
         elif note.readiness is not None:
             ready = note.readiness == Readiness.READY
@@ -122,7 +124,8 @@ class Board:
             replica.health.probe_failed(refused, now)
             if refused and was_reachable:
                 self._runtime.witness.changed(replica, Change.UNREACHABLE, note.detail)
-        if (note.trouble == Trouble.REFUSED) and upstream.dialect.strands_requests:
+        stranded = note.trouble == Trouble.REFUSED and upstream.dialect.strands_requests
+        if stranded or (not upstream.hosted and replica.health.silent(now)):
             self._runtime.abandon(replica)
 
     def _drain(self, replica: Replica, draining: bool) -> None:

@@ -17,7 +17,8 @@ from pydantic import SecretStr
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.admin import Guard, admin_app, host_name, private_app
+from gateway.admin import Guard, admin_app, private_app
+from gateway.edges.hosts import host_name
 from gateway.listener import admin_listener, bind_tcp, bind_uds, listen
 from gateway.owner import StateError, state_directory, stored_token
 from gateway.sources import AdapterChange, AdapterResult, RemoteSource, Silent, Source

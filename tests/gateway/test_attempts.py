@@ -100,7 +100,7 @@ async def test_a_bad_request_cannot_talk_the_gateway_out_of_a_field() -> None:
 async def test_of_many_dead_kept_alive_connections_one_is_tried() -> None:
     async with (
         FakeEngine(ttft_s=0.1) as engine,
-        serving(settings_for([engine.url], backend={"hosted": True})) as gateway,
+        serving(settings_for([engine.url])) as gateway,
     ):
         await asyncio.gather(*(ask(gateway, CHAT) for _ in range(4)))
         (upstream,) = gateway.runtime.fleet.upstreams()

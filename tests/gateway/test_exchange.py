@@ -223,7 +223,8 @@ async def test_statuses_of_the_engine(
         assert replicas(gateway)[0].available(time.monotonic())
     error_of(reply.body)
     assert (reply.status, record.status, record.outcome) == (expected, expected, outcome)
-    assert reply.headers.get("retry-after") == ("7" if status in (429, 503, 529) else None)
+    # Up to a fifth later than the engine said, so that not all come back at once.
+    assert reply.headers.get("retry-after") in ({"7", "8", "9"} if status in (429, 503, 529) else {None})
     assert reply.headers["x-tidegate-replica"] == "pool-0"
 
 

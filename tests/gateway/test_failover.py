@@ -15,6 +15,7 @@ from gateway.record import Outcome
 from loadtests.behaviour import Behaviour
 from loadtests.engine import FakeEngine
 from loadtests.rawclient import CHAT
+from routing.retry_budget import Ruling
 from routing.types import Replica
 from tests.support.http import ask, error_of, streaming
 from tests.support.serving import Serving, serving, settings_for
@@ -107,14 +108,14 @@ async def test_what_the_client_has_seen_a_part_of_is_not_repeated(edge: str) -> 
 
 @EDGES
 @pytest.mark.parametrize("failing", [Behaviour(raw=""), Behaviour(cut_after=0), Behaviour(truncate_after=0)])
-async def test_a_hosted_api_is_not_asked_twice_for_what_it_may_bill(edge: str, failing: Behaviour) -> None:
+async def test_a_hosted_api_is_asked_once_more_for_what_it_may_bill(edge: str, failing: Behaviour) -> None:
     async with (
-        FakeEngine(failing, ports=(0, 0)) as engine,
+        FakeEngine(failing, ports=(0, 0, 0)) as engine,
         serving(settings_for(engine.urls, edge=edge, backend={"hosted": True})) as gateway,
     ):
         reply = await ask(gateway, STREAM)
-        assert reply.status == 502
-        assert len(engine.requests) == 1
+        assert (reply.status, reply.headers["x-should-retry"]) == (502, "false")
+        assert len(engine.requests) == 2
 
 
 ABORTED = '{"id":"1","choices":[{"index":0,"message":{"content":"say \\"abort\\""},"finish_reason":"%s"}]}'
@@ -182,7 +183,9 @@ async def test_a_request_that_fails_wherever_it_goes_is_to_blame_itself() -> Non
     async with FakeEngine(ports=(0, 0, 0, 0)) as engine, serving(settings_for(engine.urls)) as gateway:
         for _ in range(40):
             assert (await ask(gateway, {**CHAT, "fake": {"status": 500}})).status == 502
-        assert len(engine.requests) == 80
+        counts = gateway.runtime.fleet.pools["pool"].retries.counts
+        assert len(engine.requests) == 40 + counts[Ruling.ALLOWED] + counts[Ruling.MOVED]
+        assert counts[Ruling.REFUSED] > 10, "without a second opinion nobody is blamed either"
         assert all(each.available(time.monotonic()) for each in replicas(gateway))
 
 

@@ -19,7 +19,9 @@ BODY = json.dumps(ASK).encode()
 SIZE = len(BODY)
 
 
-def raw(*lines: str, body: bytes = BODY, line: str = f"POST {CHAT} HTTP/1.1", host: str | None = "Host: x") -> bytes:
+def raw(
+    *lines: str, body: bytes = BODY, line: str = f"POST {CHAT} HTTP/1.1", host: str | None = "Host: localhost"
+) -> bytes:
     head = [line, *([host] if host else []), *lines]
     return "\r\n".join([*head, "", ""]).encode("latin-1") + body
 
@@ -28,7 +30,7 @@ CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (SIZE, BODY)
 FORMS = {
     "no Host": raw(f"Content-Length: {SIZE}", host=None),
     "two Hosts": raw("Host: y", f"Content-Length: {SIZE}"),
-    "two equal Hosts": raw("Host: x", f"Content-Length: {SIZE}"),
+    "two equal Hosts": raw("Host: localhost", f"Content-Length: {SIZE}"),
     "Host with a path": raw(f"Content-Length: {SIZE}", host="Host: a/x?y="),
     "Host with a user": raw(f"Content-Length: {SIZE}", host="Host: a@b"),
     "Host with a space": raw(f"Content-Length: {SIZE}", host="Host: a b"),
@@ -122,7 +124,7 @@ async def test_so_it_is_on_the_other_routes(edge: str, form: str) -> None:
 async def test_a_request_inside_a_body_is_never_executed(edge: str, carrier: str, chunked: bool, split: bool) -> None:
     hidden = post(CHAT, ASK)
     framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(hidden)}"
-    head = f"{carrier} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()
+    head = f"{carrier} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode()
     body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(hidden), hidden) if chunked else hidden
     async with talking(edge) as talk:
         await talk.client.send(head if split else head + body)
@@ -132,7 +134,7 @@ async def test_a_request_inside_a_body_is_never_executed(edge: str, carrier: str
         first = await talk.client.reply()
         assert first.status in (200, 400, 404, 405)
         # The connection is in step: the next request is the next one answered.
-        await talk.client.send(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        await talk.client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
         second = await talk.client.reply()
         assert second.json == {"status": "ok"}
         talk.assert_nothing_reached_the_engine()
@@ -155,13 +157,13 @@ async def test_a_client_that_expects_100_is_told_to_continue(edge: str) -> None:
 async def test_a_client_that_expects_100_for_too_much_gets_the_refusal_instead(edge: str) -> None:
     async with talking(edge, max_body_bytes=1024) as talk:
         await talk.client.send(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\nExpect: 100-continue\r\n\r\n".encode()
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\nExpect: 100-continue\r\n\r\n".encode()
         )
         await talk.refused(413)
 
 
 @both_edges
-@pytest.mark.parametrize("host", ["Host: x", None])
+@pytest.mark.parametrize("host", ["Host: localhost", None])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_http_1_0_is_answered_without_chunks_and_closed(edge: str, host: str | None, stream: bool) -> None:
     async with talking(edge) as talk:
@@ -207,9 +209,9 @@ async def test_pipelined_requests_are_answered_in_order(edge: str) -> None:
         talk.engine.queue.append(talk.engine.script.updated({"delay_head_s": 0.1}))
         await talk.client.send(
             post(CHAT, ASK)
-            + b"GET /v1/models/m HTTP/1.1\r\nHost: x\r\n\r\n"
+            + b"GET /v1/models/m HTTP/1.1\r\nHost: localhost\r\n\r\n"
             + post(CHAT, STREAM)
-            + b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
+            + b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n"
             + post(CHAT, ASK)
         )
         replies = [await talk.client.reply() for _ in range(5)]
@@ -223,7 +225,7 @@ async def test_pipelined_requests_are_answered_in_order(edge: str) -> None:
 async def test_many_pipelined_requests_are_answered_in_order(edge: str) -> None:
     async with talking(edge) as talk:
         count = 50
-        one = [b"GET /v1/models/%d HTTP/1.1\r\nHost: x\r\n\r\n" % n for n in range(count)]
+        one = [b"GET /v1/models/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % n for n in range(count)]
         await talk.client.send(post(CHAT, ASK) + b"".join(one))
         assert (await talk.client.reply()).status == 200
         for n in range(count):
@@ -236,7 +238,7 @@ async def test_many_pipelined_requests_are_answered_in_order(edge: str) -> None:
 @pytest.mark.parametrize(
     "second",
     [
-        pytest.param(b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", id="slow body"),
+        pytest.param(b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{", id="slow body"),
         pytest.param(post(CHAT, ASK)[:-3], id="slow inference body"),
         pytest.param(b"POST /v1/models HTTP/1.1\r\nHo", id="slow head"),
     ],
@@ -259,7 +261,7 @@ async def test_a_slow_second_request_does_not_disturb_the_first_answer(edge: str
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"])
 async def test_other_methods_are_not_allowed_on_inference_routes(edge: str, path: str, method: str) -> None:
     async with talking(edge) as talk:
-        await talk.client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await talk.client.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         if method == "HEAD":
             status, headers = await read_head(talk.client.reader)
         else:
@@ -283,7 +285,7 @@ async def test_a_compressed_body_is_refused(edge: str) -> None:
 async def test_absurd_targets_are_answered(edge: str) -> None:
     for target in ("*", "http://evil.example/v1/models", "/%00", "/v1/%2e%2e/models", "//v1/models", "/v1/models?a=b"):
         async with talking(edge) as talk:
-            await talk.client.send(f"OPTIONS {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            await talk.client.send(f"OPTIONS {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert (await talk.client.reply()).status in (400, 404, 405)
 
 
@@ -387,7 +389,7 @@ async def test_too_many_pipelined_requests_end_the_connection_and_the_work(edge:
     async with talking(edge, {"hang": True}) as talk:
         await talk.client.send(post(CHAT, ASK))
         asked = await talk.engine.received(1)
-        await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 150)
+        await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 150)
         async with asyncio.timeout(2):
             assert await asked.gone.wait()
 
@@ -397,7 +399,7 @@ async def test_a_client_behind_a_pipeline_is_seen_to_leave(edge: str) -> None:
     async with talking(edge, {"hang": True}) as talk:
         await talk.client.send(post(CHAT, ASK))
         asked = await talk.engine.received(1)
-        await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
+        await talk.client.send(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 60)
         talk.client.leave("close")
         async with asyncio.timeout(1):
             assert await asked.gone.wait()

@@ -43,7 +43,7 @@ async def trickling(client: RawClient, piece: bytes) -> AsyncIterator[None]:
 async def test_a_head_that_trickles_in_is_cut_off(edge: str) -> None:
     async with talking(edge, **SHORT) as talk:
         began = time.monotonic()
-        await talk.client.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        await talk.client.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
         async with trickling(talk.client, b"a"):
             await talk.refused(408)
         assert 0.3 <= time.monotonic() - began <= 0.3 + LATE_S
@@ -62,7 +62,7 @@ async def test_a_silent_connection_is_closed_without_a_word(edge: str) -> None:
 async def test_a_body_that_trickles_in_is_cut_off(edge: str, framing: str) -> None:
     async with talking(edge, **SHORT) as talk:
         began = time.monotonic()
-        await talk.client.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode())
+        await talk.client.send(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode())
         async with trickling(talk.client, b"{" if "Length" in framing else b"1\r\n{\r\n"):
             await talk.refused(408)
         assert 0.3 <= time.monotonic() - began <= 0.3 + LATE_S
@@ -76,7 +76,7 @@ async def test_a_body_that_trickles_in_is_cut_off(edge: str, framing: str) -> No
 )
 async def test_a_body_that_nobody_waits_for_has_a_deadline_too(edge: str, line: str, status: int) -> None:
     async with talking(edge, **SHORT) as talk:
-        await talk.client.send(f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n".encode())
+        await talk.client.send(f"{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n".encode())
         reply = await talk.client.reply()
         assert reply.status == status
         began = time.monotonic()
@@ -88,7 +88,7 @@ async def test_a_body_that_nobody_waits_for_has_a_deadline_too(edge: str, line: 
 @both_edges
 async def test_a_connection_whose_body_came_after_its_answer_is_closed_when_idle(edge: str) -> None:
     async with talking(edge, **SHORT) as talk:
-        await talk.client.send(b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        await talk.client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n")
         assert (await talk.client.reply()).status == 200
         await talk.client.send(b"{}")
         began = time.monotonic()
@@ -100,7 +100,9 @@ async def test_a_connection_whose_body_came_after_its_answer_is_closed_when_idle
 @pytest.mark.parametrize("path", [CHAT, "/v1/models"])
 async def test_an_idle_connection_is_closed(edge: str, path: str) -> None:
     async with talking(edge, **{**SHORT, "header_timeout_s": 10}) as talk:
-        await talk.client.send(post(CHAT, ASK) if path == CHAT else b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        await talk.client.send(
+            post(CHAT, ASK) if path == CHAT else b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
         assert (await talk.client.reply()).status == 200
         began = time.monotonic()
         assert await talk.client.rest() == b""
@@ -222,7 +224,7 @@ async def test_a_slow_reader_that_makes_progress_is_not_cut(edge: str) -> None:
 )
 async def test_a_head_beyond_the_limits_is_refused(edge: str, path: str, head: str) -> None:
     async with talking(edge) as talk:
-        await talk.client.send(f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
+        await talk.client.send(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode())
         await talk.refused(431)
         talk.assert_nothing_reached_the_engine()
 
@@ -231,7 +233,9 @@ async def test_a_head_beyond_the_limits_is_refused(edge: str, path: str, head: s
 @pytest.mark.parametrize("complete", [True, False])
 async def test_a_target_beyond_the_limits_is_refused(edge: str, complete: bool) -> None:
     async with talking(edge) as talk:
-        await talk.client.send(b"GET /" + b"a" * 40_000 + (b" HTTP/1.1\r\nHost: x\r\n\r\n" if complete else b""))
+        await talk.client.send(
+            b"GET /" + b"a" * 40_000 + (b" HTTP/1.1\r\nHost: localhost\r\n\r\n" if complete else b"")
+        )
         await talk.refused(431)
 
 
@@ -242,7 +246,9 @@ async def test_a_target_beyond_the_limits_is_refused(edge: str, complete: bool) 
 async def test_bytes_that_are_no_body_are_bounded(edge: str, flood: bytes) -> None:
     """Trailers and chunk extensions: a second head, without the first one's limits."""
     async with talking(edge) as talk:
-        await talk.client.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        await talk.client.send(
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
         await talk.client.send(flood)
         async with trickling(talk.client, b"X: a\r\n" * 2000 if flood.endswith(b"\r\n") else b"a" * 12_000):
             await talk.refused(431)
@@ -254,7 +260,7 @@ async def test_a_trailer_is_not_a_header(edge: str) -> None:
     async with talking(edge) as talk:
         body = json.dumps(ASK).encode()
         await talk.client.send(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
             + b"%x\r\n%b\r\n0\r\n" % (len(body), body)
             + b"X-Tidegate-Region: mars\r\nTraceparent: 00-trailer\r\nHost: y\r\n\r\n"
         )
@@ -266,7 +272,7 @@ async def test_a_trailer_is_not_a_header(edge: str) -> None:
 @pytest.mark.parametrize("path", [CHAT, "/v1/models", "/nowhere"])
 async def test_a_body_declared_too_large_is_refused_before_it_is_read(edge: str, path: str) -> None:
     async with talking(edge, max_body_bytes=1024) as talk:
-        await talk.client.send(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1025\r\n\r\n".encode())
+        await talk.client.send(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1025\r\n\r\n".encode())
         reply = await talk.refused(413)
         assert reply.json["error"]["code"] == "request_too_large"
         talk.assert_nothing_reached_the_engine()
@@ -275,7 +281,9 @@ async def test_a_body_declared_too_large_is_refused_before_it_is_read(edge: str,
 @both_edges
 async def test_a_chunked_body_is_cut_at_the_limit(edge: str) -> None:
     async with talking(edge, max_body_bytes=4096) as talk:
-        await talk.client.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        await talk.client.send(
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
         for _ in range(4):
             await talk.client.send(b"400\r\n" + b" " * 1024 + b"\r\n")
         await asyncio.sleep(0.02)
@@ -356,7 +364,7 @@ async def test_more_request_bytes_than_fit_are_refused_until_others_are_done(edg
 @both_edges
 async def test_a_declared_length_alone_holds_little_of_the_byte_budget(edge: str) -> None:
     size = 1 << 20
-    claim = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    claim = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode()
     async with (
         FakeEngine() as engine,
         gateway_of(engine, edge, max_in_flight_bytes=2 * size, max_body_bytes=size) as gateway,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,10 @@ from backends.ticker import Ticker
 from backends.usage import Usage
 from gateway.adapters import AdapterKeeper
 from gateway.admission.opening import Admission
-from gateway.errors import GatewayError
+from gateway.attempt_metrics import AttemptMetrics
+from gateway.config.overload import Overload as OverloadSettings
+from gateway.errors import GatewayError, Overloaded
+from gateway.fallback import Fallbacks
 from gateway.fleet import build_fleet
 from gateway.histogram import Histogram
 from gateway.keys.principal import ANONYMOUS, Principal
@@ -33,8 +37,11 @@ from gateway.metrics import (
     replica_families,
 )
 from gateway.order import Call, read_order
+from gateway.overload.service import Overload
 from gateway.record import Exchange, Outcome
+from gateway.retry_view import retry_families
 from gateway.route_metrics import route_families
+from gateway.runtime import ByteBudget
 from gateway.spill import Overflow
 from gateway.store import MemoryStore
 from gateway.store.limits import Admission as Answer
@@ -90,12 +97,38 @@ def everything() -> list[Metric]:
         *metrics.families(),
         *replica_families([replica], 0.0),
         *health_families(witness),
-        *process_families(1, 2, 3, 4.0),
+        *process_families(1, 2, 5, 3, 4.0),
         *admission_metrics(),
         *spill_metrics(),
+        *fallback_metrics(),
+        *attempt_metrics(),
         *adapter_metrics(),
+        *overload_metrics(),
         *route_families([used_pool()]),
+        *retry_families([used_pool()], 0.0),
     ]
+
+
+def attempt_metrics() -> list[Metric]:
+    metrics = AttemptMetrics()
+    metrics.broke_off("m", "")
+    metrics.hedged("m", won=True)
+    return list(metrics.families())
+
+
+def overload_metrics() -> list[Metric]:
+    overload = Overload(OverloadSettings(), ByteBudget(100), Random())
+    overload.sample(0.0, 0.0)
+    overload.level = 3
+    with pytest.raises(Overloaded):
+        overload.check(Band.BATCH)
+    return list(overload.families())
+
+
+def fallback_metrics() -> list[Metric]:
+    fallbacks = Fallbacks(settings_for(["http://127.0.0.1:1"]), lambda: None, None)  # type: ignore[arg-type, return-value]
+    fallbacks.counts["m", "small", "failed"] = 1
+    return list(fallbacks.families())
 
 
 def adapter_metrics() -> list[Metric]:
@@ -255,8 +288,8 @@ async def test_an_alias_counts_as_its_model() -> None:
 async def test_requests_refused_before_they_are_read_are_counted_by_status(edge: str) -> None:
     async with FakeEngine() as engine, serving(settings_for([engine.url], edge=edge)) as gateway:
         for head, status in (
-            (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", b" 404 "),
-            (b"GET /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n", b" 405 "),
+            (b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n", b" 404 "),
+            (b"GET /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n", b" 405 "),
             (b"GET /v1/models HTTP/1.1\r\n\r\n", b" 400 "),
         ):
             reader, writer = await asyncio.open_connection(gateway.host, gateway.port)

@@ -219,11 +219,11 @@ async def test_errors_of_the_sdk(edge: str, stream: bool) -> None:
         with pytest.raises(openai.BadRequestError) as wrong:
             await create(model="m", messages=MESSAGES, stream=stream, extra_body={"stream": "yes"})
         assert engine.requests == []
-        engine.queue.append(Behaviour(status=429, retry_after="1"))
-        with pytest.raises(openai.RateLimitError):
-            await create(model="m", messages=MESSAGES, stream=stream)
         engine.queue.append(Behaviour(status=500))
         with pytest.raises(openai.InternalServerError) as failed:
+            await create(model="m", messages=MESSAGES, stream=stream)
+        engine.queue.append(Behaviour(status=429, retry_after="1"))
+        with pytest.raises(openai.RateLimitError):
             await create(model="m", messages=MESSAGES, stream=stream)
     assert (missing.value.status_code, missing.value.code, missing.value.param) == (404, "model_not_found", "model")
     assert missing.value.type == "invalid_request_error"

@@ -276,19 +276,20 @@ async def test_a_failed_host_sends_the_request_home_and_costs_nothing(failing: B
         assert (await metric(both.gateway, "tidegate_spill_window_usd") > 0.0) is may_be_billed
 
 
-async def test_a_stream_whose_head_is_out_does_not_come_home() -> None:
-    """Its client is reading already; a failed end is told in the stream."""
+async def test_a_stream_whose_head_is_out_still_comes_home() -> None:
+    """Its client has comments only; with content it would be too late."""
     async with FakeEngine(chunks=2) as own, FakeEngine(role_only_then_hang=True) as rented:
         settings = settings_for([], stream={"hold_s": 0.1, "heartbeat_s": 0.1}, **sections(own, rented, {}))
         async with serving(settings, own_policies=True) as gateway:
             Two(gateway, own, rented).busy()
             async with streaming(gateway, STREAM) as stream:
                 await stream.until(b": ping")
+                rented.script = Behaviour(status=500)
                 rented.drop_connections()
-                assert b'"error"' in await stream.rest()
-            assert own.requests == []
+                assert (await stream.rest()).endswith(b"data: [DONE]\n\n")
+            assert len(own.requests) == 1
             (record,) = await gateway.settled()
-            assert (record.spill, record.pool) == ("predicted_wait", "rented")
+            assert (record.outcome, record.spill, record.pool) == (Outcome.COMPLETED, "", "pool")
 
 
 async def test_it_comes_home_once_only() -> None:

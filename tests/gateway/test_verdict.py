@@ -23,7 +23,7 @@ from backends.errors import (
 from backends.ticker import Ticker
 from backends.upstream import Upstream
 from gateway.errors import Draining, GatewayError, StreamInterrupted, UpstreamFailed, UpstreamTimeout
-from gateway.relay import UpstreamReply
+from gateway.leg import UpstreamReply
 from gateway.upstream_errors import UpstreamStalled, from_stream_event
 from gateway.verdict import Again, of_connection, of_relay, of_reply, refused_field
 from routing.health import Evidence
@@ -46,25 +46,25 @@ def upstream(engine: str = "openai", hosted: bool = False) -> Upstream:
 
 
 @pytest.mark.parametrize(
-    ("error", "evidence", "own", "hosted"),
+    ("error", "evidence", "again", "billed"),
     [
-        (ConnectFailed(AT, "connect", "refused"), Evidence.UNREACHABLE, Again.UNCOUNTED, Again.UNCOUNTED),
-        (ConnectTimeout(AT, "connect", "slow"), Evidence.UNREACHABLE, Again.SAFELY, Again.SAFELY),
-        (PoolTimeout(AT, "pool", "busy"), None, Again.SAFELY, Again.SAFELY),
-        (PoolClosed(AT, "pool", "closing"), None, Again.SAFELY, Again.SAFELY),
-        (ConsumerFailed(AT, "body", "a defect", sent=True, got_bytes=True), None, Again.ONCE, Again.NEVER),
-        (Disconnected(AT, "head", "reset", sent=True, reused=True), None, Again.ANYWHERE, Again.ANYWHERE),
-        (Disconnected(AT, "head", "reset", sent=True), Evidence.FAILED, Again.ONCE, Again.NEVER),
-        (Disconnected(AT, "body", "eof", sent=True, got_bytes=True), Evidence.FAILED, Again.ONCE, Again.NEVER),
-        (ProtocolViolation(AT, "head", "no http", sent=True), Evidence.FAILED, Again.ONCE, Again.NEVER),
-        (HeadTimeout(AT, "head", "slow", sent=True), Evidence.STALLED, Again.NEVER, Again.NEVER),
-        (IdleTimeout(AT, "body", "slow", sent=True), Evidence.STALLED, Again.NEVER, Again.NEVER),
+        (ConnectFailed(AT, "connect", "refused"), Evidence.UNREACHABLE, Again.UNCOUNTED, False),
+        (ConnectTimeout(AT, "connect", "slow"), Evidence.UNREACHABLE, Again.SAFELY, False),
+        (PoolTimeout(AT, "pool", "busy"), None, Again.SAFELY, False),
+        (PoolClosed(AT, "pool", "closing"), None, Again.SAFELY, False),
+        (ConsumerFailed(AT, "body", "a defect", sent=True, got_bytes=True), None, Again.ONCE, True),
+        (Disconnected(AT, "head", "reset", sent=True, reused=True), None, Again.ANYWHERE, False),
+        (Disconnected(AT, "head", "reset", sent=True), Evidence.FAILED, Again.ONCE, True),
+        (Disconnected(AT, "body", "eof", sent=True, got_bytes=True), Evidence.FAILED, Again.ONCE, True),
+        (ProtocolViolation(AT, "head", "no http", sent=True), Evidence.FAILED, Again.ONCE, True),
+        (HeadTimeout(AT, "head", "slow", sent=True), Evidence.STALLED, Again.ONCE, True),
+        (IdleTimeout(AT, "body", "slow", sent=True), Evidence.STALLED, Again.ONCE, True),
     ],
 )
-def test_connections(error: UpstreamError, evidence: Evidence | None, own: Again, hosted: Again) -> None:
+def test_connections(error: UpstreamError, evidence: Evidence | None, again: Again, billed: bool) -> None:
     mine, rented = of_connection(error, False), of_connection(error, True)
-    assert (mine.evidence, mine.again) == (evidence, own)
-    assert (rented.evidence, rented.again) == (evidence, hosted)
+    assert (mine.evidence, mine.again, mine.may_be_billed) == (evidence, again, False)
+    assert (rented.evidence, rented.again, rented.may_be_billed) == (evidence, again, billed)
     assert mine.cause is error
 
 
@@ -77,6 +77,11 @@ def test_connections(error: UpstreamError, evidence: Evidence | None, own: Again
         (429, "slow down", Evidence.OVERLOADED, Again.SAFELY, 429, 0),
         (503, "The request queue is full.", Evidence.OVERLOADED, Again.SAFELY, 503, 0),
         (529, "overloaded", Evidence.OVERLOADED, Again.SAFELY, 503, 0),
+        (409, "locked", Evidence.OVERLOADED, Again.SAFELY, 503, 0),
+        (425, "too early", Evidence.OVERLOADED, Again.SAFELY, 503, 0),
+        (408, "slow", Evidence.FAILED, Again.ONCE, 504, 0),
+        (413, "long", Evidence.REJECTED, Again.NEVER, 413, 0),
+        (402, "pay", Evidence.REJECTED, Again.SAFELY, 502, 402),
         (503, "dead", Evidence.FAILED, Again.ONCE, 503, 0),
         (500, "broken", Evidence.FAILED, Again.ONCE, 502, 0),
         (302, "elsewhere", Evidence.FAILED, Again.ONCE, 502, 0),
@@ -93,23 +98,60 @@ async def test_statuses(status: int, message: str, evidence: Evidence, again: Ag
 
 
 @pytest.mark.parametrize(
-    ("error", "evidence", "own", "hosted"),
+    ("error", "evidence", "again", "billed"),
     [
-        (UpstreamStalled("silence"), Evidence.STALLED, Again.NEVER, Again.NEVER),
-        (UpstreamTimeout("the request's own time"), None, Again.NEVER, Again.NEVER),
-        (Draining("the gateway's own end"), None, Again.NEVER, Again.NEVER),
-        (StreamInterrupted("cut"), Evidence.FAILED, Again.ONCE, Again.NEVER),
-        (UpstreamFailed("too large"), Evidence.FAILED, Again.ONCE, Again.NEVER),
-        (from_stream_event({"message": "full", "code": 429}), Evidence.OVERLOADED, Again.SAFELY, Again.SAFELY),
-        (from_stream_event({"message": "queue is full", "code": 503}), Evidence.OVERLOADED, Again.SAFELY, Again.SAFELY),
-        (from_stream_event({"message": "no", "code": 400}), Evidence.REJECTED, Again.NEVER, Again.NEVER),
-        (from_stream_event({"message": "oops"}), Evidence.FAILED, Again.ONCE, Again.ONCE),
+        (UpstreamStalled("no content", code="first_token_timeout"), Evidence.STALLED, Again.ONCE, True),
+        (UpstreamStalled("silence within the answer"), Evidence.STALLED, Again.NEVER, False),
+        (UpstreamTimeout("the request's own time"), None, Again.NEVER, False),
+        (Draining("the gateway's own end"), None, Again.NEVER, False),
+        (StreamInterrupted("cut"), Evidence.FAILED, Again.ONCE, True),
+        (UpstreamFailed("too large"), Evidence.FAILED, Again.ONCE, True),
+        (from_stream_event({"message": "full", "code": 429}), Evidence.OVERLOADED, Again.SAFELY, False),
+        (from_stream_event({"message": "queue is full", "code": 503}), Evidence.OVERLOADED, Again.SAFELY, False),
+        (from_stream_event({"message": "no", "code": 400}), Evidence.REJECTED, Again.NEVER, False),
+        (from_stream_event({"message": "oops"}), Evidence.FAILED, Again.ONCE, False),
     ],
 )
-async def test_what_the_relay_found(error: GatewayError, evidence: Evidence | None, own: Again, hosted: Again) -> None:
+async def test_what_the_relay_found(error: GatewayError, evidence: Evidence | None, again: Again, billed: bool) -> None:
     mine, rented = of_relay(error, upstream()), of_relay(error, upstream(hosted=True))
-    assert (mine.evidence, mine.again) == (evidence, own)
-    assert (rented.evidence, rented.again) == (evidence, hosted)
+    assert (mine.evidence, mine.again, mine.may_be_billed) == (evidence, again, False)
+    assert (rented.evidence, rented.again, rented.may_be_billed) == (evidence, again, billed)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "pause_s", "limits_key"),
+    [
+        (429, "slow down", 7.0, True),
+        (503, "The request queue is full.", 7.0, False),
+        (503, "upgrading", 7.0, False),
+        (529, "overloaded", 7.0, False),
+        (500, "broken", None, False),
+        (401, "bad key", None, False),
+        (400, "no", None, False),
+    ],
+)
+async def test_what_a_server_that_names_a_time_asks_for(
+    status: int, message: str, pause_s: float | None, limits_key: bool
+) -> None:
+    body = json.dumps({"error": {"message": message}}).encode()
+    verdict = of_reply(UpstreamReply(status, [(b"retry-after", b"7")], body), upstream())
+    assert (verdict.pause_s, verdict.limits_key) == (pause_s, limits_key)
+    assert of_reply(UpstreamReply(status, [], body), upstream()).pause_s is None
+
+
+@pytest.mark.parametrize("engine", sorted(DIALECTS))
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
+async def test_every_dialect_lets_another_try_and_blames_no_key(engine: str, status: int) -> None:
+    verdict = of_reply(UpstreamReply(status, [], b'{"error":{"message":"not now"}}'), upstream(engine))
+    assert verdict.again in (Again.SAFELY, Again.ONCE)
+    assert verdict.credential_refused == 0
+
+
+@pytest.mark.parametrize("engine", sorted(DIALECTS))
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+async def test_every_dialect_returns_what_is_the_clients(engine: str, status: int) -> None:
+    verdict = of_reply(UpstreamReply(status, [], b'{"error":{"message":"no such thing"}}'), upstream(engine))
+    assert (verdict.again, verdict.evidence, verdict.error.status) == (Again.NEVER, Evidence.REJECTED, status)
 
 
 @pytest.mark.parametrize(

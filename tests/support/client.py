@@ -88,5 +88,5 @@ async def connect(host: str, port: int, *, receive_buffer_bytes: int | None = No
 def post(path: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
     """A well-formed POST with a JSON body."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/{version}", "Host: gateway", f"Content-Length: {len(data)}", *headers]
+    lines = [f"POST {path} HTTP/{version}", "Host: localhost", f"Content-Length: {len(data)}", *headers]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + data

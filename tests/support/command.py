@@ -110,14 +110,18 @@ async def serve_process(
     urls: Sequence[str],
     *options: str,
     environ: Mapping[str, str] | None = None,
+    wrapper: Sequence[str] = (),
     **sections: Any,
 ) -> AsyncIterator[ServeProcess]:
-    """`tidegate serve --config ... OPTIONS`, killed at the end of the block if it still runs then."""
+    """`tidegate serve --config ... OPTIONS`, killed at the end of the block if it still runs then.
+
+    `wrapper`: a command that takes its place by running it, such as `prlimit --nofile=128`.
+    """
     config, state = folder / "tidegate.yaml", folder / "state"
     write_config(config, urls, **sections)
     with tempfile.TemporaryDirectory() as runtime:  # pytest's own folders are too long for a socket's path
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gateway", "serve", "--config", str(config), *options),
+            *(*wrapper, sys.executable, "-m", "gateway", "serve", "--config", str(config), *options),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             env=clean_environ({"TIDEGATE_STATE_DIR": str(state), "TMPDIR": runtime, **(environ or {})}),

@@ -388,6 +388,7 @@ def test_an_unknown_key_is_reported_at_any_level(
             "chat": {
                 "backend": "pool",
                 "spill": {"backend": "rented", "price": {"output": 1.0}, "usd_per_hour": 1.0, "usd_per_day": 1.0},
+                "fallbacks": [{"backend": "rented"}],
             }
         },
         "backends": {

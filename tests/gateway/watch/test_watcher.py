@@ -25,7 +25,7 @@ from gateway.watch import notes
 from gateway.watch.patrol import has_progressed, prefill_speed
 from gateway.watch.watcher import Watcher
 from routing.capacity import Capacity
-from routing.health import Change, Credential
+from routing.health import Change, Credential, Credentials
 from routing.policies.balanced import LeastOutstanding
 from routing.router import Router
 from routing.types import Replica
@@ -224,7 +224,8 @@ async def test_a_refused_key_is_not_the_replicas_fault() -> None:
 async def test_a_key_that_serves_requests_is_good_whatever_a_probe_says() -> None:
     engine = Scripted(readiness=Readiness.UNAUTHORIZED)
     async with worker(settings(), [engine]) as one:
-        credential = one.replica.credential = Credential()
+        credential = Credential()
+        one.replica.credential = Credentials([credential])
         credential.accepted()
         await until(lambda: engine.asked.count("probe served") > 5)
         assert one.replica.available(time.monotonic())

@@ -1,0 +1,1 @@
+"""What a worker does before it would run out of something: it sheds the least important requests first."""
