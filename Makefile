@@ -14,6 +14,7 @@ SHELL := /bin/sh
 .SUFFIXES:
 
 VENV ?= .venv
+AUDIT_VENV ?= .venv-audit
 PYTHON ?=
 PORT ?=
 ADMIN_PORT ?=
@@ -27,7 +28,7 @@ setup := PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 # Ports travel as the environment overrides that every Tidegate command reads.
 ports := $(if $(PORT),TIDEGATE_SERVER__PORT='$(PORT)') $(if $(ADMIN_PORT),TIDEGATE_ADMIN__PORT='$(ADMIN_PORT)')
 
-.PHONY: help run test check bench load faults test-engines lock clean format
+.PHONY: help run test check bench load faults soak fuzz audit sbom test-engines lock clean format
 
 help: ## this list
 	@echo 'Targets:'
@@ -42,6 +43,10 @@ $(VENV)/.ready-demo: requirements/demo.txt requirements/build.txt pyproject.toml
 	@$(setup) demo
 $(VENV)/.ready-dev: requirements/dev.txt requirements/build.txt pyproject.toml
 	@$(setup) dev
+
+# The auditing tools' environment is their own: nothing of theirs belongs where the gateway or its tests run.
+$(AUDIT_VENV)/.ready-audit: requirements/audit.txt requirements/build.txt
+	@PYTHON='$(PYTHON)' VENV='$(AUDIT_VENV)' scripts/setup.sh audit
 
 # `exec`, so that Ctrl-C and SIGTERM meet the command itself and its exit code is what make reports.
 ifneq ($(CONFIG),)
@@ -77,8 +82,23 @@ endif
 load: $(VENV)/.ready-dev ## replay a trace through real sockets, policy by policy (ARGS='--url http://gateway:7400 --model m')
 	@$(py) -m loadtests.replay $(ARGS)
 
-faults: $(VENV)/.ready-dev ## limits and queue while Redis is killed, frozen, replaced: the long form, into docs/limits.md (8 minutes)
+# The short form writes nothing: make faults ARGS=--short
+faults: $(VENV)/.ready-dev ## forty experiments with replicas, Redis, clients and gateways that fail or attack: into docs/reliability.md (half an hour)
 	@$(py) -m tests.faults.report $(ARGS)
+
+soak: $(VENV)/.ready-dev ## ten minutes of everything that goes wrong at once, and what is left of it: into docs/reliability.md (ARGS='--seconds 3600')
+	@$(py) -m loadtests.soak --write docs/reliability.md $(ARGS)
+
+fuzz: $(VENV)/.ready-dev ## every parser fuzzed for a minute, and thousands of requests from the OpenAPI document (20 minutes; SECONDS=60)
+	@set -e; for name in $$($(py) -c 'from tests.fuzz.run import NAMES; print(*NAMES)'); do \
+	    echo "== $$name"; $(py) -m tests.fuzz.run $$name --seconds $(or $(SECONDS),60) --corpus .fuzz/$$name; done
+	@TESTS_LONG=1 $(py) -m pytest tests/security/test_openapi_fuzz.py $(ARGS)
+
+audit: $(AUDIT_VENV)/.ready-audit ## known vulnerabilities in everything that is locked (asks the package index)
+	@$(AUDIT_VENV)/bin/python scripts/audit.py $(ARGS)
+
+sbom: $(AUDIT_VENV)/.ready-audit ## what a release contains, as CycloneDX JSON: dist/tidegate.cdx.json
+	@scripts/sbom.sh $(AUDIT_VENV)/bin/python
 
 test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang and vLLM on the CPU included (a large install, minutes)
 	@$(py) -m tests.engines.install
@@ -89,4 +109,4 @@ lock: $(VENV)/.ready-dev ## rewrite requirements/*.txt (ARGS='--upgrade' moves t
 	@scripts/lock.sh '$(VENV)' $(ARGS)
 
 clean: ## remove the virtual environment and all caches
-	rm -rf '$(VENV)' .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	rm -rf '$(VENV)' '$(AUDIT_VENV)' .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

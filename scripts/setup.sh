@@ -2,11 +2,12 @@
 # Fills .venv for one purpose, from nothing but a Python and pip's own installer. The Makefile calls it; running it
 # again is always safe.
 #
-# usage: scripts/setup.sh app|demo|dev
+# usage: scripts/setup.sh app|demo|dev|audit
 #
 #   app    what `tidegate serve` imports
 #   demo   that, llama.cpp's server and the weights of a small model
 #   dev    that, and everything `make test` and `make check` need
+#   audit  the tools of `make audit` and `make sbom`, and nothing else
 #
 # Environment: PYTHON names the interpreter to use; VENV the folder to fill (default .venv).
 # The stamp VENV/.ready-PROFILE is written last, so an interrupted or failed run is simply taken up again.
@@ -83,7 +84,8 @@ case $profile in
     app) what='the gateway (about 15 MB)' ;;
     demo) what="the gateway, llama.cpp's server and a small model (about 150 MB)" ;;
     dev) what='everything the tests and checks need (about 180 MB, the demo included)' ;;
-    *) fail "usage: scripts/setup.sh app|demo|dev" ;;
+    audit) what='the auditing tools (about 15 MB)' ;;
+    *) fail "usage: scripts/setup.sh app|demo|dev|audit" ;;
 esac
 say "Installing $what; this happens once"
 
@@ -116,6 +118,12 @@ if [ "$status" != 0 ]; then
         "  - no space left: about 1 GB is needed (df -h .)" \
         "  - a hash that does not match: a proxy or mirror changed the file; do not install it" \
         "Running the same command again is safe: what was fetched is kept in pip's cache."
+fi
+
+if [ "$profile" = audit ]; then
+    : > "$venv/.ready-audit"
+    say "Ready."
+    exit 0
 fi
 
 # The `tidegate` command itself. No isolated build: its tools were installed, hash-checked, a moment ago.
