@@ -25,6 +25,9 @@ class Behaviour:
     Fields marked (stream) do nothing to a plain JSON answer and the other way round.
     """
 
+    mark: str = ""
+    """A name for the request in the log that `loadtests.served_log` writes; changes nothing else."""
+
     # -- the shape of a healthy answer
     chunks: int = 16
     """Content events of a stream; also the completion tokens that the usage reports."""
@@ -41,6 +44,8 @@ class Behaviour:
     no_usage: bool = False
     usage_null: bool = False
     """(stream) Every event but the usage event carries ``"usage": null``, as OpenAI does it."""
+    counting: bool = False
+    """A text whose pieces are numbered, and which is gone on with where a chat begins it (`loadtests.counting`)."""
     timestamps: bool = True
     """(stream) A paced stream's content events carry CLOCK_MONOTONIC in nanoseconds as ``"t"``."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import httptools
 import msgspec
 
-from loadtests import replies
+from loadtests import counting, replies
 from loadtests.behaviour import BadBehaviour, Behaviour
 from loadtests.replies import Call, End, Step
 
@@ -42,6 +42,8 @@ class Request:
     connection: int
     """Which connection carried it: connections are numbered from 1 in the order they were accepted."""
     behaviour: Behaviour = dataclasses.field(default_factory=Behaviour)
+    begun_bytes: int = 0
+    """Of the counted text, where the request begins with some of it."""
     writes: int = 0
     """Pieces of the answer handed to the socket so far (the head is one, each event is one)."""
     completed_at: float | None = None
@@ -77,6 +79,11 @@ class _Body(msgspec.Struct):
 
 class _Abort(msgspec.Struct):
     rid: str = ""
+
+
+class _Script(msgspec.Struct):
+    script: dict[str, object] = {}
+    probe: dict[str, object] = {}
 
 
 class _Lora(msgspec.Struct):
@@ -165,6 +172,8 @@ class Connection(asyncio.Protocol):
         for request in unanswered:
             request.closed_at = time.monotonic()
             request.gone.set()
+            if engine.log is not None and request.path in KINDS:
+                engine.log("gone", request)
             engine.running -= 1
         self._request, self._steps = None, iter(())
         self._pending.clear()
@@ -219,9 +228,10 @@ class Connection(asyncio.Protocol):
             engine.requests.append(request)
         try:
             call, request.behaviour = self._understand(kind, body)
+            request.begun_bytes = call.begun_bytes
             if engine.pace is not None:
                 request.behaviour = engine.pace(body, request.behaviour, request.received_at)
-        except (msgspec.MsgspecError, BadBehaviour) as error:
+        except (msgspec.MsgspecError, BadBehaviour, counting.NotMyText) as error:
             wrong = replies.json_response(400, replies.error(str(error), 400))
             self._play(request, iter((wrong, End.KEEP)))
             return
@@ -263,7 +273,12 @@ class Connection(asyncio.Protocol):
         options = found.stream_options or _StreamOptions()
         prompts = _inputs(found.input if kind == "embeddings" else found.prompt)
         stream = bool(found.stream) and kind != "embeddings"
-        return Call(kind, found.model, stream, options.include_usage, found.n or 1, prompts), behaviour
+        begun_bytes, cut_short = 0, False
+        if behaviour.counting and kind == "chat":
+            begun_bytes, left, cut_short = counting.asked(body, behaviour.chunks)
+            behaviour = dataclasses.replace(behaviour, chunks=left)
+        call = Call(kind, found.model, stream, options.include_usage, found.n or 1, prompts, begun_bytes, cut_short)
+        return call, behaviour
 
     def _other(self, method: str, path: str, body: bytes) -> None:
         """Everything that is not a model's work."""
@@ -277,6 +292,11 @@ class Connection(asyncio.Protocol):
             return
         if engine.adapters is not None and method == "POST" and path in ("/load_lora_adapter", "/unload_lora_adapter"):
             self._play(request, self._change_adapter(path, msgspec.json.decode(body, type=_Lora), engine.adapters))
+            return
+        if (method, path) == ("POST", "/script") and engine.scriptable:
+            told = msgspec.json.decode(body, type=_Script)
+            engine.script, engine.probe = Behaviour().updated(told.script), Behaviour().updated(told.probe)
+            self._play(request, iter((replies.json_response(200, {}), End.KEEP)))
             return
         known: dict[str, Callable[[], replies.Json]] = {
             "/health": dict,
@@ -324,6 +344,8 @@ class Connection(asyncio.Protocol):
     def _play(self, request: Request, steps: Iterator[Step]) -> None:
         if request.path in KINDS:
             self._engine.running += 1
+            if self._engine.log is not None:
+                self._engine.log("received", request)
         if request.behaviour.split:
             steps = _in_pieces(steps, request.behaviour.split)
         self._pending.append((request, steps))
@@ -367,6 +389,8 @@ class Connection(asyncio.Protocol):
         if request.path in KINDS:
             self._engine.running -= 1
             self._engine.served += 1
+            if self._engine.log is not None:
+                self._engine.log("answered", request)
         self._engine.changed()
         if end is End.CLOSE or request.behaviour.keepalive_s == 0 or not self._parser.should_keep_alive():
             self._transport.close()

@@ -14,7 +14,7 @@ A single request changes the script with the header ``x-fake`` or the body field
 
 Routes: POST /v1/chat/completions, /v1/completions, /v1/embeddings, /abort_request, and with `adapters` set
 /load_lora_adapter, /unload_lora_adapter;
-GET /v1/models, /health, /stats.
+GET /v1/models, /health, /stats. With `scriptable`: POST /script.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ import os
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from loadtests.behaviour import BadBehaviour, Behaviour
 from loadtests.connection import Connection, Request
 from loadtests.replies import Call
+from loadtests.served_log import Event, writing_to
 
 
 class FakeEngine:
@@ -51,6 +53,8 @@ class FakeEngine:
         """``record=False`` keeps no requests: for load. Other keywords are fields of `Behaviour`."""
         self.answers: dict[Call, bytes] = {}
         self.record = record
+        self.log: Callable[[Event, Request], None] | None = None
+        """Told of every model request (`loadtests.served_log`). Set `script` after it: that ends the quick way."""
         self.script = dataclasses.replace(script or Behaviour(), **defaults)
         self.queue: deque[Behaviour] = deque()
         """Behaviours for the next requests, one each; the script when it is empty."""
@@ -63,6 +67,8 @@ class FakeEngine:
         """How long loading or unloading one takes."""
         self.pace: Callable[[bytes, Behaviour, float], Behaviour] | None = None
         """Sets tokens and times of each request's behaviour from its body and the time it came (`loadtests.pacing`)."""
+        self.scriptable = False
+        """``POST /script`` with ``{"script": {...}, "probe": {...}}`` changes both, for engines in other processes."""
         self.uds = uds
         self.requests: list[Request] = []
         """Requests for a model's work, fully read; neither probes nor aborts."""
@@ -87,7 +93,7 @@ class FakeEngine:
     def script(self, behaviour: Behaviour) -> None:
         self._script = behaviour
         self.answers.clear()
-        self.quick = not (self.record or behaviour.split or behaviour.keepalive_s is not None)
+        self.quick = not (self.record or self.log or behaviour.split or behaviour.keepalive_s is not None)
 
     @property
     def url(self) -> str:
@@ -176,6 +182,8 @@ def _arguments(argv: list[str] | None) -> tuple[FakeEngine, bool]:
     parser.add_argument("--uds", help="listen on this unix socket instead")
     parser.add_argument("--model", action="append", help="name in GET /v1/models; may be repeated")
     parser.add_argument("--no-uvloop", action="store_true")
+    parser.add_argument("--log", type=Path, help="append every request's events to this file (loadtests.served_log)")
+    parser.add_argument("--scriptable", action="store_true", help="POST /script changes the script while it runs")
     script = parser.add_argument_group("the default script (see loadtests/behaviour.py)")
     names = [field.name for field in dataclasses.fields(Behaviour)]
     for name in names:
@@ -193,6 +201,10 @@ def _arguments(argv: list[str] | None) -> tuple[FakeEngine, bool]:
         models=tuple(options.model or ("fake-model",)),
         record=False,
     )
+    engine.scriptable = options.scriptable
+    if options.log is not None:
+        engine.log = writing_to(options.log)
+        engine.script = behaviour
     return engine, not options.no_uvloop
 
 

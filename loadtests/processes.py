@@ -63,7 +63,7 @@ def wait_ready(process: subprocess.Popen[bytes], port: int, path: str, log: Path
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
-        if _status(port, path) == http.HTTPStatus.OK:
+        if status(port, path) == http.HTTPStatus.OK:
             return
         time.sleep(0.05)
     ended = f"ended with {process.returncode}" if process.returncode is not None else "did not become ready"
@@ -71,7 +71,8 @@ def wait_ready(process: subprocess.Popen[bytes], port: int, path: str, log: Path
     raise StartFailed(f"{' '.join(map(str, process.args))} {ended}:\n{tail}")  # type: ignore[arg-type]
 
 
-def _status(port: int, path: str) -> int | None:
+def status(port: int, path: str) -> int | None:
+    """What GET says on this port of 127.0.0.1; None: nothing, or nothing that is HTTP."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
         connection.request("GET", path)

@@ -16,6 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 from loadtests.behaviour import Behaviour
+from loadtests.counting import piece_after
 
 Json = dict[str, Any]
 CREATED = 1_763_769_600
@@ -44,6 +45,10 @@ class Call:
     include_usage: bool = False
     n: int = 1
     prompts: int = 1
+    begun_bytes: int = 0
+    """How much of the counted text the request begins with."""
+    cut_short: bool = False
+    """`max_tokens` ends it."""
 
     @property
     def choices(self) -> int:
@@ -133,7 +138,7 @@ def body(call: Call, b: Behaviour) -> bytes:
 
 
 def _choice(call: Call, b: Behaviour, index: int) -> Json:
-    text: str | None = ANSWER
+    text: str | None = _counted(call, b) if b.counting else ANSWER
     if b.huge_body_bytes:
         text = (FILLER * (b.huge_body_bytes // len(FILLER) + 1))[: b.huge_body_bytes]
     if call.kind == "text":
@@ -147,6 +152,10 @@ def _choice(call: Call, b: Behaviour, index: int) -> Json:
         message |= {"content": None, "tool_calls": [_tool_call(i, ARGUMENTS) for i in range(b.tool_calls)]}
     finish = "tool_calls" if b.tool_calls else "stop"
     return {"index": index, "message": message, "logprobs": None, "finish_reason": finish, "matched_stop": 2}
+
+
+def _counted(call: Call, b: Behaviour) -> str:
+    return "".join(piece_after(call.begun_bytes, number) for number in range(b.chunks))
 
 
 ARGUMENTS = '{"city":"Paris"}'
@@ -241,7 +250,7 @@ def _events(call: Call, b: Behaviour) -> Iterator[Step]:
                 yield begin + sent * b.interval_s
             yield write.content(sent)
     if not b.done_without_finish:
-        yield write.delta({}, "tool_calls" if b.tool_calls else "stop")
+        yield write.delta({}, "tool_calls" if b.tool_calls else "length" if call.cut_short else "stop")
     if call.include_usage and not b.no_usage:
         yield write.usage(usage(call, b))
     if not b.finish_without_done:
@@ -301,11 +310,12 @@ class _Writer:
         b = self._b
         if b.bad_json and number == b.chunks - 1:
             return self.event(b'{"id":"chatcmpl-5f8c2d7e9a1b4c3d","object":"chat.comp')
-        text = (FILLER * (b.big_event_bytes // len(FILLER) + 1))[: b.big_event_bytes].encode()
+        big = (FILLER * (b.big_event_bytes // len(FILLER) + 1))[: b.big_event_bytes].encode() if number == 0 else b""
+        text = piece_after(self._call.begun_bytes, number).encode() if b.counting else big
         stamp = b"%d" % time.monotonic_ns() if self._stamped else b""
         events = []
         for before, filler, between, after in self._templates:
-            events.append(b"".join((before, text if text and number == 0 else filler, between, stamp, after)))
+            events.append(b"".join((before, text or filler, between, stamp, after)))
         return b"".join(events)
 
     def _template(self, index: int) -> tuple[bytes, bytes, bytes, bytes]:

@@ -116,3 +116,36 @@ def test_links_between_documents_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+# -- docs/reliability.md: forty experiments, and no claim without its test
+
+
+def experiment_rows() -> list[list[str]]:
+    """The cells of the table that `tests.faults.report` writes."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    table = page.partition("<!-- results: written by tests.faults.report -->")[2].partition("<!-- /results -->")[0]
+    lines = [line for line in table.splitlines() if re.match(r"\| \d+ \|", line)]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_every_experiment_has_a_row_that_says_how_it_ended() -> None:
+    rows = experiment_rows()
+    assert {int(row[0]) for row in rows} >= set(range(1, 41))
+    for row in rows:
+        assert len(row) == 7, row
+        assert row[5] in ("holds", "**fails**") or re.fullmatch(r"not run: .{8,}", row[5]), row
+
+
+def test_what_is_said_to_hold_has_a_test_of_that_number() -> None:
+    names = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    for row in experiment_rows():
+        if row[5] != "holds":
+            continue
+        test = row[6].strip("`")
+        assert test in names, row
+        assert int(row[0]) > 40 or row[0] in re.findall(r"\d+", test), row
