@@ -6,6 +6,7 @@ They travel on connections of their own, so that a fleet busy to its last connec
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -89,11 +90,12 @@ class SideChannel:
         headers: Sequence[tuple[str, str]] = (),
         headers_now: Callable[[], Sequence[tuple[str, str]]] | None = None,
         timeout_s: float = 5.0,
+        ssl_context: ssl.SSLContext | None = None,
         ticker: Ticker | None = None,
     ) -> None:
         """`headers_now` is asked at each question for headers on top of `headers`."""
         address = Origin.parse(origin)
-        transport = LeanTransport(uds=address.uds, max_connections=4, ticker=ticker)
+        transport = LeanTransport(uds=address.uds, max_connections=4, ssl_context=ssl_context, ticker=ticker)
         base = "http://localhost" if address.uds is not None else origin
         self.address = address.address
         """Host and port, or path of a socket, for messages and for addresses that are relative to the engine."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import ssl
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,7 @@ class Upstream:
         idle_s: float,
         connect_timeout_s: float,
         side_timeout_s: float = 5.0,
+        ssl_context: ssl.SSLContext | None = None,
         ticker: Ticker,
     ) -> None:
         """`headers` go with every request, the credential among them.
@@ -86,6 +88,7 @@ class Upstream:
             max_connections=max_connections,
             idle_s=idle_s,
             connect_timeout_s=connect_timeout_s,
+            ssl_context=ssl_context,
             ticker=ticker,
         )
         several = keys is not None and len(keys.keys) > 1
@@ -97,6 +100,7 @@ class Upstream:
             headers=() if several else headers,
             headers_now=self._usable_headers if several else None,
             timeout_s=side_timeout_s,
+            ssl_context=ssl_context,
             ticker=ticker,
         )
         self._path_prefix = path_prefix.encode()

@@ -6,6 +6,7 @@ both keep their identity, so that their in-flight counts and cool-downs stay tru
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -17,6 +18,7 @@ from backends.upstream import Upstream
 from gateway.body_rules import BodyRules, body_rules
 from gateway.config import Backend, Caps, ExchangeRates, Model, Price, Settings
 from gateway.config import Replica as ReplicaSettings
+from gateway.config.tls import tls_context
 from gateway.own_keys import credentials_of, headers_with, keys_of
 from gateway.reading import PromptReader
 from gateway.relay import Timing
@@ -54,6 +56,8 @@ class Pool:
     """No model has a spill or a fallback that leads to it or away from it."""
     configured_adapters: frozenset[str]
     """Names of the LoRA adapters that the configuration lists."""
+    client: object
+    """Everything that the replicas' clients were made from; equal means that they can be kept."""
 
     def knows_adapter(self, name: str) -> bool:
         """Whether the configuration or any replica knows a LoRA adapter of this name."""
@@ -249,7 +253,9 @@ def _pool(
     name: str, backend: Backend, caps: Caps, ticker: Ticker, previous: Pool | None, *, alone: bool = True
 ) -> Pool:
     old = {} if previous is None else {(replica.url, replica.dp_rank): replica for replica in previous.replicas}
-    same_client = previous is not None and _client(previous.settings) == _client(backend)
+    client = _client(backend)
+    same_client = previous is not None and previous.client == client
+    tls = tls_context(backend.tls.ca_file, backend.tls.cert_file, backend.tls.key_file)
     before, known = (None, None) if previous is None else (previous.settings, previous.credentials)
     credentials = credentials_of(backend, before, known)
     rules = _rules(backend)
@@ -279,7 +285,7 @@ def _pool(
             replica.health.forget_probes()
         kept = None if previous is None or not unchanged else previous.upstreams.get(replica)
         if kept is None:
-            kept = _upstream(replica, entry, backend, DIALECTS[engine], credentials, ticker)
+            kept = _upstream(replica, entry, backend, DIALECTS[engine], credentials, tls, ticker)
         replica.hosted = kept.hosted
         kept.model = entry.upstream_model
         kept.configured_adapters = tuple(Adapter(each.name, each.path) for each in backend.adapters)
@@ -293,7 +299,9 @@ def _pool(
     retries = Retries(Random()) if previous is None else previous.retries
     retries.configure(backend.retries.share, backend.retries.per_s, backend.retries.attempts)
     replicas = tuple(upstreams)
-    return Pool(name, backend, replicas, upstreams, body, credentials, by_identity, routing, retries, alone, names)
+    return Pool(
+        name, backend, replicas, upstreams, body, credentials, by_identity, routing, retries, alone, names, client
+    )
 
 
 def _take_stock(pools: Mapping[str, Pool], previous: Mapping[str, Pool]) -> None:
@@ -366,9 +374,13 @@ def _rules(backend: Backend) -> Rules:
 
 
 def _client(backend: Backend) -> object:
-    """Everything that a replica's client is made from; equal means that it can be kept."""
+    """See `Pool.client`."""
+    tls = backend.tls
+    files = [each for each in (tls.ca_file, tls.cert_file, tls.key_file) if each is not None]
     return (
         keys_of(backend),
+        # Renewed certificates keep their names.
+        [(each, each.stat().st_mtime_ns) for each in files],
         backend.key_header,
         backend.headers,
         backend.hosted,
@@ -384,6 +396,7 @@ def _upstream(
     backend: Backend,
     dialect: Dialect,
     credentials: Credentials | None,
+    tls: ssl.SSLContext | None,
     ticker: Ticker,
 ) -> Upstream:
     keys = keys_of(backend)
@@ -400,5 +413,6 @@ def _upstream(
         idle_s=backend.connections.idle_s,
         connect_timeout_s=backend.timeouts.connect_s,
         side_timeout_s=backend.health.timeout_s,
+        ssl_context=tls,
         ticker=ticker,
     )

@@ -20,6 +20,7 @@ from gateway.admission.sole import SoleUse
 from gateway.admission.spend import SpendKeeper
 from gateway.config import Settings
 from gateway.config.limits import DEFAULT_TENANT
+from gateway.config.tls import tls_context
 from gateway.keys.configured import static_records, tenant_records
 from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.limits.estimate import CountTokens, Estimator
@@ -216,7 +217,7 @@ def open_far(settings: Settings) -> Far | None:
         username=redis.username or "",
         password="" if redis.password is None else redis.password.get_secret_value(),
         sentinel_password="" if redis.sentinel_password is None else redis.sentinel_password.get_secret_value(),
-        ca_file="" if redis.ca_file is None else str(redis.ca_file),
+        tls=tls_context(redis.ca_file, redis.cert_file, redis.key_file),
     )
     return Far(client, RedisStore(client), RedisLimits(client, redis.prefix), RedisPlaces(client, redis.prefix))
 

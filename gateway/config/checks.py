@@ -19,6 +19,7 @@ from gateway.config.overload import Overload
 from gateway.config.problems import Finding, Path, did_you_mean, looks_secret, show_path, shown
 from gateway.config.routing_checks import check_routing
 from gateway.config.schema import Admin, Server
+from gateway.config.tls import check_tls
 from gateway.config.urls import normal_url
 from gateway.config.values import checked_host, is_loopback
 
@@ -38,6 +39,7 @@ def cross_check(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _replicas(data)
     yield from _adapters(data)
     yield from check_routing(data)
+    yield from check_tls(data)
 
 
 def literal_secrets(data: Any, path: Path = ()) -> Iterator[Finding]:

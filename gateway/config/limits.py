@@ -201,6 +201,16 @@ class Redis(Section):
         description="File of the certificates that a `rediss` server's is checked against. Null: the system's.",
         examples=["/etc/ssl/redis-ca.pem"],
     )
+    cert_file: FilePath | None = Field(
+        default=None,
+        description="File of the certificate that the gateway shows to a `rediss` server. Null: it shows none.",
+        examples=["/etc/ssl/gateway.pem"],
+    )
+    key_file: FilePath | None = Field(
+        default=None,
+        description="File of that certificate's private key, without a password. Null: none; the two come together.",
+        examples=["/etc/ssl/gateway.key"],
+    )
     timeout_ms: Annotated[Whole, Field(ge=1, le=10_000)] = Field(
         default=50,
         description="Milliseconds for Redis to answer. Fifty are a hundred times what it takes; a request that waits "

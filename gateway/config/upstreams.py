@@ -13,6 +13,7 @@ from gateway.config.prices import ExchangeRates, Price
 from gateway.config.replicas import AdapterFile, Engine, HeaderName, HeaderValue, Health, KeyHeader, Replica
 from gateway.config.secrets import Secret
 from gateway.config.spill import Spill
+from gateway.config.tls import Tls
 from gateway.config.values import (
     DAY_S,
     HOUR_S,
@@ -258,6 +259,7 @@ class Backend(Section):
         description="The engine processes of this pool; at least one.",
         examples=[[{"url": "http://127.0.0.1:30000"}]],
     )
+    tls: Tls = Field(default=Tls(), description="Certificates for its `https` replicas.")
     timeouts: Timeouts = Field(default=Timeouts(), description="How long each phase of an exchange may take.")
     retries: Retries = Field(
         default=Retries(), description="How much the pool is asked again for requests that failed before an answer."

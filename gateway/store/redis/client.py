@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ class RedisClient:
         username: str = "",
         password: str = "",
         sentinel_password: str = "",
-        ca_file: str = "",
+        tls: ssl.SSLContext | None = None,
         on_change: Callable[[bool], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class RedisClient:
         """Told whether Redis is available, whenever that changes."""
         self._timeout_s = timeout_s
         self._connections = connections
-        self._connector = Connector(address, Credentials(username, password, sentinel_password, ca_file))
+        self._connector = Connector(address, Credentials(username, password, sentinel_password, tls))
         self._rng = rng or random.Random()
         self._breaker = Breaker()
         self._probe_script = load("probe")

@@ -26,8 +26,8 @@ class Credentials:
     username: str = ""
     password: str = field(default="", repr=False)
     sentinel_password: str = field(default="", repr=False)
-    ca_file: str = ""
-    """Certificates to trust instead of the system's, PEM."""
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    """Whom to trust, and who we are; None: the system's authorities, and nobody."""
 
 
 class Connector:
@@ -103,7 +103,7 @@ class Connector:
 
     def _context(self) -> ssl.SSLContext | None:
         if self._tls is None and self.address.tls:
-            self._tls = ssl.create_default_context(cafile=self._credentials.ca_file or None)
+            self._tls = self._credentials.tls or ssl.create_default_context()
         return self._tls
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from gateway.config.tls import tls_context
 from gateway.store import StoreUnavailable
 from gateway.store.redis.client import RedisClient
 from gateway.store.redis.library import find_primary
@@ -37,7 +38,7 @@ async def test_tls_with_an_authority_of_one_s_own(make_client: Make, tmp_path: P
             raise
         pytest.skip(f"{server.binary} was built without TLS")
     with contextlib.closing(server):
-        client = make_client(f"rediss://localhost:{port}", ca_file=certificates.ca)
+        client = make_client(f"rediss://localhost:{port}", tls=tls_context(Path(certificates.ca), None, None))
         assert await asyncio.gather(*(client.run(ECHO, (), (number,)) for number in range(3))) == [b"0", b"1", b"2"]
         told: list[bytes] = []
         await client.subscribe("news", told.append)
