@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import socket
@@ -109,8 +110,13 @@ class Addresses:
         self._asked_at = self._clock()
         self._late = False
         # Of its own, and a daemon: a name server that is silent holds up neither others' questions nor the exit.
-        threading.Thread(target=self._answer, args=(loop,), name=f"resolve {self.host}", daemon=True).start()
-        return self._question
+        asking = threading.Thread(target=self._answer, args=(loop,), name=f"resolve {self.host}", daemon=True)
+        question = self._question
+        try:
+            asking.start()
+        except RuntimeError:  # no thread is to be had, which must not leave a question that nobody answers
+            self._answered(OSError(errno.EAGAIN, "no thread can be started to resolve the name"))
+        return question
 
     def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
         """In the thread."""

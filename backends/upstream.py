@@ -165,6 +165,7 @@ class Upstream:
         learning = self._learning
         if learning is None or learning.done():
             learning = self._learning = asyncio.get_running_loop().create_task(self._learn_adapters())
+            learning.add_done_callback(_seen)  # whoever asked may have gone by then
         await asyncio.shield(learning)
 
     async def _learn_adapters(self) -> None:
@@ -221,6 +222,12 @@ class Upstream:
 
 def _lines(headers: Sequence[tuple[str, str]]) -> bytes:
     return b"".join(b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Nobody needs to be told of its error."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Ignored:

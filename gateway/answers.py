@@ -15,6 +15,9 @@ from gateway.sse import ReadUsage
 from routing.filters import RATE_LIMITED
 from routing.types import Decision, Replica
 
+_BEFORE_CONTENT = frozenset({Outcome.REJECTED, Outcome.UPSTREAM_REJECTED, Outcome.UPSTREAM_ERROR, Outcome.UNAVAILABLE})
+"""What ends in these is not charged. An answer that the client has some of ends in none of them: it was interrupted."""
+
 
 def reply_headers(exchange: Exchange, content: Headers) -> Headers:
     """The reply's headers: what the content is, and how it came about."""
@@ -74,9 +77,11 @@ def refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exc
     """Tell the client: with a status where none was sent yet, else with an error event at the end of the stream."""
     exchange.outcome = error.outcome
     exchange.error_code = error.code
-    if error.outcome in (Outcome.UPSTREAM_ERROR, Outcome.UPSTREAM_INTERRUPTED):
-        begun = relay is not None and relay.started_content
-        exchange.outcome = Outcome.UPSTREAM_INTERRUPTED if begun else Outcome.UPSTREAM_ERROR
+    if relay is not None and relay.started_content:
+        if error.outcome in _BEFORE_CONTENT:
+            exchange.outcome = Outcome.UPSTREAM_INTERRUPTED
+    elif error.outcome is Outcome.UPSTREAM_INTERRUPTED:
+        exchange.outcome = Outcome.UPSTREAM_ERROR
     if relay is not None and reply.started:
         relay.end_with_error(error)
         return

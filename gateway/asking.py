@@ -161,7 +161,7 @@ class Asking:
         if adapter is not None and adapter not in (upstream.replica.adapters or ()):
             await self._load_adapter(adapter, upstream)
         if dialect.must_know_adapters and upstream.replica.adapters is None:
-            await upstream.learn_adapters()  # once in each life of the engine
+            await self._learn_adapters(upstream)  # once in each life of the engine
         body, bound = order.body, exchange.max_tokens_set
         if self.resumption is not None and self.resumption.begun:
             body, bound = self.resumption.put(dialect), None
@@ -184,7 +184,7 @@ class Asking:
             try:
                 whole = await leg.run(connection, data, translation=prepared.translation, read_usage=dialect.read_usage)
             except (asyncio.CancelledError, UpstreamTimeout, Draining, HeadTimeout, IdleTimeout, Outrun):
-                if not leg.completed:
+                if leg.dispatched_at and not leg.completed:
                     runtime.abort(upstream, wish.request_id)
                 raise
             if adapter is not None and dialect.loads_adapters and whole is not None and whole.status == 404:
@@ -223,6 +223,17 @@ class Asking:
         await self._runtime.adapters.ensure(upstream, adapter, min(left_s, order.route.timing.first_token_s))
         order.route.pool.routing.sent(order.request, upstream.replica, time.monotonic())
 
+    async def _learn_adapters(self, upstream: Upstream) -> None:
+        """Ask the replica what it holds, within the request's time; others may share the answer, which comes anyway."""
+        try:
+            async with asyncio.timeout(self.relay.total_deadline - time.monotonic()):
+                await upstream.learn_adapters()
+        except TimeoutError as error:
+            raise self._out_of_time() from error
+
+    def _out_of_time(self) -> UpstreamTimeout:
+        return UpstreamTimeout(f"The request took longer than {self.order.total_s:g} s.")
+
     async def _connect(self, upstream: Upstream) -> Connection:
         """A new connection, or the next that is free, within what is left of the request's time.
 
@@ -233,7 +244,7 @@ class Asking:
             async with asyncio.timeout(self.relay.total_deadline - time.monotonic()):
                 return await upstream.pool.acquire(POOL_WAIT_S, connect_timeout_s=order.route.connect_s)
         except TimeoutError as error:
-            raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.") from error
+            raise self._out_of_time() from error
 
 
 def begin_leg(asking: Asking, replica: Replica, decision: Decision, *, rival: bool = False) -> Leg:

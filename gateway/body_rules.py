@@ -107,6 +107,8 @@ class BodyRules:
         elif name in OUTPUT:
             if caps.output_tokens is not None:
                 _at_most(name, value, caps.output_tokens)
+                if value < 0:
+                    raise _too_much(name, "must not be negative, which means as many as there is room for")
         elif name in GRAMMARS:
             _size(name, body, caps.grammar_bytes)
             _check_patterns(name, value, caps.pattern_bytes)
@@ -118,7 +120,9 @@ class BodyRules:
             _size(name, body, 64 * caps.list_items)
         elif name in PENALTIES:
             least, most = PENALTIES[name]
-            if isinstance(value, int | float) and not least <= value <= most:
+            if type(value) not in (int, float):
+                raise InvalidRequest(f"{name!r} must be a number.", param=name, code="invalid_type")
+            if not least <= value <= most:
                 raise _too_much(name, f"must be from {least:g} to {most:g}")
         elif name == TEMPLATE_ARGUMENTS and isinstance(value, dict):
             for argument in _REFUSED_ARGUMENTS & value.keys():
@@ -161,12 +165,24 @@ def _size(name: str, body: Body, most_bytes: int) -> None:
 
 
 def _check_patterns(name: str, value: Any, most: int) -> None:
-    """Regular expressions of the forms that engines read beside schemas: `structured_outputs.regex`."""
-    if isinstance(value, dict):
-        for inner in _INNER_PATTERNS:
-            pattern = value.get(inner)
-            if isinstance(pattern, str) and len(pattern) > most:
+    """Regular expressions inside of schemas and of the forms that engines read beside them: `structured_outputs.regex`,
+    `pattern` at any depth. Bodies nest at most 64 deep; a schema that is a text is read as engines read it."""
+    if type(value) is dict:
+        for inner, each in value.items():
+            if inner in _INNER_PATTERNS and type(each) is str and len(each) > most:
                 raise _too_much(f"{name}.{inner}", f"may have {most} bytes at most")
+            if inner == "patternProperties" and type(each) is dict and any(len(key) > most for key in each):
+                raise _too_much(f"{name}.{inner}", f"may have patterns of {most} bytes at most")
+            if type(each) is dict or type(each) is list or (type(each) is str and inner in _SCHEMAS):
+                _check_patterns(name, each, most)
+    elif type(value) is list:
+        for each in value:
+            if type(each) is dict or type(each) is list:
+                _check_patterns(name, each, most)
+    elif type(value) is str and len(value) > most and value.lstrip()[:1] in ("{", "["):
+        with suppress(InvalidRequest):  # not JSON, and so no schema
+            read = parse(b'{"schema":%b}' % value.encode()).fields["schema"]
+            _check_read(name, read, most)
 
 
 def _too_much(name: str, why: str) -> InvalidRequest:

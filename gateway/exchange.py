@@ -170,7 +170,7 @@ def _resumed(asking: Asking, verdict: Verdict, story: Attempts, goes_on: bool, r
     if not leg.passing:
         return story
     asking.relay.exchange.continuations += 1
-    logger.info("request %s goes on after %s: %s", order.request.id, leg.replica.name, verdict.error.message)
+    logger.info("request %s goes on after %s: %s", order.request.id, leg.replica.name, verdict.error.code)
     story.close()
     story = Attempts(order.route.pool, runtime.witness, order.request.model)
     story.tried += resumption.unable

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 from backends.upstream import Upstream
@@ -52,18 +53,24 @@ async def _raced(
     asking: Asking, leg: Leg, upstream: Upstream, decision: Decision, now: float, story: Attempts, delay_s: float
 ) -> Attempted:
     relay = asking.relay
-    rival = asyncio.create_task(_rival(asking, upstream, story, delay_s))
+    patience = asyncio.timeout(None)
+    rival = asyncio.create_task(_rival(asking, leg, upstream, story, delay_s, patience))
     try:
-        first = Attempted(upstream, *await asking.attempt(leg, upstream, decision, now))
-        if first.verdict is OUTRUN:
-            if asking.resumption is not None:
+        try:
+            async with patience:
+                first = Attempted(upstream, *await asking.attempt(leg, upstream, decision, now))
+        except TimeoutError:
+            first = Attempted(upstream, None, OUTRUN)
+        # Asked of the relay, not of the verdict: the first may break in the moment that the other has content.
+        if relay.leg is not leg or (relay.rival is not None and first.verdict is not None):
+            if first.verdict is not None and first.verdict is not OUTRUN:
+                story.goes_on(upstream, first.verdict, in_panic=False)
+            second = await rival
+            if relay.leg is not leg and asking.resumption is not None:
                 asking.resumption.rival_won()
-            return await rival or first
-        if relay.rival is not None and first.verdict is not None:  # the other may still succeed
-            story.goes_on(upstream, first.verdict, in_panic=False)
-            return await rival or first
+            return second or first
         second = rival.result() if rival.done() and rival.exception() is None else None
-        if second is not None and second.verdict is not None:
+        if second is not None and second.verdict is not None and second.verdict is not OUTRUN:
             story.goes_on(second.upstream, second.verdict, in_panic=False)
         note_choice(relay.exchange, upstream.replica, decision)
         return first
@@ -74,8 +81,14 @@ async def _raced(
         relay.rival = None
 
 
-async def _rival(asking: Asking, first: Upstream, story: Attempts, delay_s: float) -> Attempted | None:
-    """The second attempt, once the first has taken too long; None when there is none."""
+async def _rival(
+    asking: Asking, other: Leg, first: Upstream, story: Attempts, delay_s: float, patience: asyncio.Timeout
+) -> Attempted | None:
+    """The second attempt, once the first has taken too long; None when there is none.
+
+    When it has been the answer, `patience` with the first one ends, which may still wait for a connection or an
+    adapter: nobody else would tell it.
+    """
     await asyncio.sleep(delay_s)
     relay, order = asking.relay, asking.order
     hedges, pool = order.route.hedges, order.route.pool
@@ -100,4 +113,7 @@ async def _rival(asking: Asking, first: Upstream, story: Attempts, delay_s: floa
                     loser.fail(Outrun())
         return second
     finally:
+        if relay.leg is not other:
+            with suppress(RuntimeError):  # it has ended
+                patience.reschedule(relay.loop.time())
         asking.metrics.hedged(order.route.model, won=relay.leg is leg)

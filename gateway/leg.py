@@ -64,6 +64,7 @@ class Leg:
         "_first_token_deadline",
         "_held",
         "_last_data_at",
+        "_outrun",
         "_relay",
         "_response_headers",
         "_status",
@@ -102,6 +103,8 @@ class Leg:
         self.dispatched_at = 0.0
         self.read_usage: ReadUsage = openai_usage
         self.linger_deadline: float | None = None
+        self._outrun = False
+        """Another attempt is the answer; this one may not have been sent yet, and must not be any more."""
         self._done: asyncio.Future[UpstreamReply | None] | None = None
         self._connection: Connection | None = None
 
@@ -122,9 +125,9 @@ class Leg:
         the attempt. `passing` says whether the client has seen any content of it.
         """
         relay = self._relay
-        if relay.interruption is not None:
+        if relay.interruption is not None or self._outrun:
             connection.detach()
-            raise relay.interruption
+            raise relay.interruption or Outrun()
         self._connection = connection
         self._translation = translation
         self._assembling = False
@@ -140,7 +143,9 @@ class Leg:
         self.read_usage = read_usage
         timing = relay.timing
         now = time.monotonic()
-        self._last_data_at = self.dispatched_at = relay.exchange.dispatched_at = now
+        self._last_data_at = self.dispatched_at = now
+        if not relay.started_content:
+            relay.exchange.dispatched_at = now
         self._first_token_deadline = now + timing.first_token_s
         done: asyncio.Future[UpstreamReply | None] = relay.loop.create_future()
         self._done = done
@@ -278,7 +283,9 @@ class Leg:
 
     def pause(self, paused: bool) -> None:
         """Stop or go on reading: the client's side is full, or no longer."""
-        self._last_data_at = time.monotonic()  # silence while paused is our own doing
+        now = self._last_data_at = time.monotonic()  # silence while paused is our own doing
+        if self._done is not None and not paused:
+            self._first_token_deadline = max(self._first_token_deadline, now + self._relay.timing.first_token_s)
         if self._connection is not None:
             if paused:
                 self._connection.pause_reading()
@@ -299,6 +306,7 @@ class Leg:
 
     def fail(self, error: Exception) -> None:
         """End the attempt with this error, if it is not over."""
+        self._outrun |= isinstance(error, Outrun)
         self.drop_connection()
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)

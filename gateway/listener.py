@@ -27,7 +27,10 @@ BACKLOG = 2048
 MAX_OPERATORS = 200
 """Connections to the admin listener at once."""
 FIRST_HEAD_S = 10.0
-"""How long an operator's connection may take to send its first request's head."""
+"""How long an operator's connection may take to send a request's head: the first from the beginning of the connection,
+later ones from their first byte."""
+BODY_S = 60.0
+"""And for what comes after the head."""
 UDS_MODE = 0o660
 
 
@@ -134,22 +137,47 @@ def inference_listener(app: ASGIApp, runtime: Runtime) -> tuple[Listener, Sweep]
 class OperatorProtocol(StrictProtocol):
     """For few: whoever can connect may not take the descriptors that clients need."""
 
-    _asked = False
+    _due: asyncio.TimerHandle | None = None
+    """When what has begun must have come."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > MAX_OPERATORS:
             transport.close()
         else:
-            self.loop.call_later(FIRST_HEAD_S, self._close_if_silent)
+            self._expect(FIRST_HEAD_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._due is None:  # uvicorn's keep-alive time-out ends with the first byte
+            self._expect(FIRST_HEAD_S)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self._expect(FIRST_HEAD_S)
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._asked = True
         super().on_headers_complete()
+        self._expect(BODY_S)
 
-    def _close_if_silent(self) -> None:
-        """After its first request uvicorn's keep-alive time-out looks after the connection."""
-        if not self._asked:
+    def on_message_complete(self) -> None:
+        self._expect(None)
+        super().on_message_complete()
+
+    def _expect(self, within_s: float | None) -> None:
+        if self._due is not None:
+            self._due.cancel()
+        self._due = None if within_s is None else self.loop.call_later(within_s, self._too_late)
+
+    def _too_late(self) -> None:
+        self._due = None
+        if self.in_head and self.answering:
+            self._expect(FIRST_HEAD_S)  # the next request may be slow as long as this one's answer takes
+        else:
             self.transport.close()
 
 

@@ -132,12 +132,12 @@ class Relay:
         if rival is not None:
             loser = self.leg if leg is rival else rival
             self.leg, self.rival = leg, None
-            self.exchange.dispatched_at = leg.dispatched_at
             if loser is not None:
                 loser.fail(Outrun())
         if not self.started_content:
             self.started_content = True
             self.exchange.first_content_at = now
+            self.exchange.dispatched_at = leg.dispatched_at
         if self._answered is not None:
             self._answered(leg)
         if not self._reply.started:

@@ -31,6 +31,8 @@ from gateway.sse import ABORTED, CUT_SHORT
 MAX_RETRY_AFTER_S = 300.0
 _LINK_OR_PATH = re.compile(r"(https?://\S+)|(?:/[\w.@+-]+){3,}(?::\d+)?")
 _MAX_MESSAGE = 2000
+_CODE = re.compile(r"[\w.:/-]{1,100}", re.ASCII)
+"""It is logged as it is, and what follows a failure goes by it."""
 _MAX_TIME = 64
 """Characters of a `retry-after`; the longest form of a date has 33."""
 
@@ -72,7 +74,7 @@ def from_status(
     message = _message(status, fields)
     retry_after_s = parse_retry_after(headers, now_unix_s)
     code = fields.get("code")
-    code = code if isinstance(code, str) else None
+    code = code if isinstance(code, str) and _CODE.fullmatch(code) else None
     if fault is Fault.CREDENTIAL:
         # Never shown as the client's: its own key is fine.
         if status in (402, 429):

@@ -18,10 +18,13 @@ _MAX_USAGE_BYTES = 4096
 
 
 def from_stream(exchange: Exchange, reader: StreamReader) -> None:
-    """Add what the stream's reader saw, however the stream ended; once for each that the client has seen content of."""
+    """Add what the stream's reader saw, however the stream ended; once for each that the client has seen content of.
+
+    The usage of a later one is that of the whole answer; without it nothing is known of the whole any more.
+    """
     exchange.content_events += reader.content_events
     exchange.content_bytes += reader.content_bytes
-    if exchange.usage is None:
+    if reader.usage is not None or reader.content_events:
         exchange.usage = reader.usage
 
 

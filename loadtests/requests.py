@@ -40,7 +40,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def http_post(path: str, body: bytes) -> bytes:
-    headers = "host: bench\r\naccept: application/json\r\nauthorization: Bearer sk-bench-not-a-secret\r\n"
+    headers = "host: localhost\r\naccept: application/json\r\nauthorization: Bearer sk-bench-not-a-secret\r\n"
     kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return f"POST {path} HTTP/1.1\r\n{headers}{kind}\r\n".encode() + body
 

@@ -142,7 +142,9 @@ class Meter:
         """
         if self._configured[0] is not None or self._stated[0] is not None or self.measured.waited_before is not None:
             return
-        if self.learned is not None:
+        if self.learned is not None and said and in_flight < FLOOR:
+            self.learned.refused_by_rate(now)
+        elif self.learned is not None:
             self.learned.refused(in_flight, now)
         elif said and in_flight >= FLOOR:
             self.learned = Learned(in_flight, now)

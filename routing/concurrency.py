@@ -40,7 +40,10 @@ class Learned:
     `in_flight` is what runs there, of all gateways as far as is known, beside the request that is told of.
     """
 
-    __slots__ = ("_calm_since", "_event_at", "_knee", "_most", "_recent", "_step", "_usual", "limit")
+    __slots__ = (
+        *("_before", "_calm_since", "_event_at", "_knee", "_most", "_recent", "_refused_at", "_step", "_usual"),
+        "limit",
+    )
 
     def __init__(self, in_flight: int, now: float) -> None:
         """The first refusal, beside so many that were not refused."""
@@ -48,7 +51,9 @@ class Learned:
         """Requests at once, `FLOOR` or more."""
         self._knee = max(float(in_flight), self.limit)
         """Where it was refused last."""
-        self._event_at = now
+        self._before = (self._knee, self._knee)
+        """Limit and knee when the refusals began that have had no calm in between."""
+        self._event_at = self._refused_at = now
         self._calm_since = now
         self._most = 0
         """The most that was in flight since the limit changed."""
@@ -65,7 +70,9 @@ class Learned:
 
     def refused(self, in_flight: int, now: float) -> None:
         """It is too busy, by its own words or because no first token came in time."""
-        self._calm_since = now
+        if now - self._refused_at >= CALM_S:
+            self._before = (self.limit, self._knee)
+        self._refused_at = self._calm_since = now
         self._most = 0
         self._step = 1.0
         if now - self._event_at < EVENT_S:
@@ -76,6 +83,19 @@ class Learned:
         before = self.limit
         self.limit = max(float(FLOOR), before / 2)
         self._knee = max(self.limit, min(before, float(in_flight)))
+
+    def refused_by_rate(self, now: float) -> None:
+        """It refuses beside next to nothing, so not for what runs there: the limit is again what it was before.
+
+        A quota for each minute refuses everything until the next one. Without this the limit would halve each second
+        of that, down to `FLOOR`, and half of the next minute's quota would be left over.
+        """
+        if now - self._event_at < EVENT_S:
+            self.refused(0, now)  # of a burst that a server for one or two has refused
+            return
+        self._refused_at = self._calm_since = now
+        self._most = 0
+        self.limit, self._knee = self._before
 
     def answered(self, in_flight: int, now: float) -> bool:
         """It has answered one; True when the limit has grown for it."""

@@ -38,6 +38,7 @@ def cross_check(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _keys(data)
     yield from _replicas(data)
     yield from _adapters(data)
+    yield from _allowed_fields(data)
     yield from check_routing(data)
     yield from check_tls(data)
 
@@ -222,6 +223,30 @@ def _adapters(data: dict[str, Any]) -> Iterator[Finding]:
             if isinstance(name, str) and names.setdefault(name, index) != index:
                 message = f"{shown(name)} is already the name of adapters[{names[name]}]"
                 yield Finding(("backends", pool, "adapters", index, "name"), message, "choose another name")
+
+
+def _allowed_fields(data: dict[str, Any]) -> Iterator[Finding]:
+    """A name that no engine of the pool refuses allows nothing; one that is always refused stays so."""
+    from backends.dialects import DIALECTS
+
+    for pool, backend in _mapping(data, "backends").items():
+        fields = backend.get("allow_fields") if isinstance(backend, dict) else None
+        if not isinstance(fields, (list, tuple)):
+            continue
+        entries = backend.get("replicas")
+        own = [each.get("engine") for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
+        names = {engine or backend.get("engine") for engine in own or [None]}
+        if not names <= DIALECTS.keys():
+            continue  # something else is wrong
+        risky = sorted(frozenset[str]().union(*(DIALECTS[name].risky for name in names)))
+        reserved = frozenset[str]().union(*(DIALECTS[name].reserved for name in names))
+        for index, field in enumerate(fields):
+            path: Path = ("backends", pool, "allow_fields", index)
+            if field in reserved:
+                yield Finding(path, f"{shown(field)} steers the engine itself and is always refused", "take it out")
+            elif isinstance(field, str) and field not in risky:
+                hint = did_you_mean(field, risky) or "take it out"
+                yield Finding(path, f"{shown(field)} is not a field that this backend's engines refuse", hint)
 
 
 def _url_or_none(value: Any) -> str | None:

@@ -134,7 +134,9 @@ OptionalName = Annotated[
 
 Host = Annotated[str, AfterValidator(checked_host)]
 HostName = Annotated[
-    str, Field(pattern=r"^(\*|\.?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?|\[?[0-9A-Fa-f:.]+\]?)$")
+    str,
+    Field(pattern=r"^(\*|\.?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?|\[?[0-9A-Fa-f:.]+\]?)$"),
+    AfterValidator(lambda text: _checked_host_name(text)),
 ]
 """A name in a list of those that are meant: in full, all below one (`.x.org`), or any (`*`)."""
 FilePath = Annotated[Path, BeforeValidator(_path)]
@@ -147,6 +149,17 @@ Store = Annotated[str, AfterValidator(_store)]
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Switch = Annotated[bool, Field(strict=True)]
+
+
+def _checked_host_name(text: str) -> str:
+    """As it is compared later: an IPv6 address as browsers write it. `10.0.0.5:7400` would match nothing, ever."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if re.fullmatch(r"\*|\.?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", text):
+        return text
+    try:
+        return str(ipaddress.IPv6Address(bare))
+    except ValueError:
+        raise wrong(f"{shown(text)} is not a host", "write the name or address alone, without a port") from None
 
 
 def _checked_name(value: str) -> str:

@@ -36,6 +36,13 @@ class StrictProtocol(HttpToolsProtocol):
         self._limits = Server()
         """Of sizes; these have no setting of their own here."""
         self._problem: GatewayError | None = None
+        self.in_head = True
+        """No head has come whole whose body is still to come."""
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is under way."""
+        return bool(self.pipeline) or not getattr(self.cycle, "response_complete", True)
 
     def on_headers_complete(self) -> None:
         self._problem = head_problem(self.parser.get_http_version(), self.url, self.headers, self._limits)
@@ -44,9 +51,21 @@ class StrictProtocol(HttpToolsProtocol):
         if self._problem is not None:
             raise _Refused
         super().on_headers_complete()
+        self.in_head = False
+        self.headers = []  # trailers would be added to the head that has been checked
+
+    def on_message_complete(self) -> None:
+        self.in_head = True
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer in the API's own shape, and close."""
+        """Answer in the API's own shape, and close. Without an answer where it would be taken for that of the request
+        before, or for a second one."""
+        of_a_head = self.in_head and not self.answering
+        of_a_body = not self.in_head and not self.pipeline and not self.cycle.response_started
+        if not of_a_head and not of_a_body:
+            self.transport.close()
+            return
         problem = self._problem or InvalidRequest("This is not a valid HTTP/1.1 request.", code="invalid_http")
         body = problem.body()
         self.transport.write(

@@ -55,7 +55,8 @@ class Witness:
             self._note_refusal(replica, now, said=verdict.evidence is Evidence.OVERLOADED)
         change = observe(replica, pool, verdict.evidence, now)
         if change is not None:
-            self.changed(replica, change, str(verdict.cause or verdict.error.message))
+            # Not in the engine's own words, which may quote a prompt.
+            self.changed(replica, change, str(verdict.cause or verdict.error.code))
 
     def _refused(self, replica: Replica, status: int, now: float, key: Credential | None) -> None:
         ring = replica.credential

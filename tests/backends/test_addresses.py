@@ -223,3 +223,28 @@ def test_the_system_answers_each_address_once_with_families_in_turn(monkeypatch:
     ]  # fmt: skip
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: said)
     assert [where[0] for _, where in resolved("host.test", 7)] == ["::1", "127.0.0.1", "::2", "::3"]
+
+
+async def test_a_thread_that_cannot_be_started_is_a_failed_question_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pids.max` of a container is reached now and then; the host has to resolve again afterwards."""
+    names = Names()
+    start = threading.Thread.start
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name.startswith("resolve "):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(OSError, match="no thread"):
+        await names.addresses.get()
+    pool = ConnectionPool(Origin.parse("http://host.test:7"))
+    with pytest.raises(ConnectFailed):
+        await pool.acquire(1.0)
+    await pool.aclose()
+    monkeypatch.undo()
+    async with asyncio.timeout(10.0):
+        assert await names.addresses.get() == ONE
+    names.now += FRESH_S + 1.0
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    assert await names.addresses.get() == ONE  # the old answer

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from backends.dialects.protocol import Fault
 from backends.errors import Disconnected
 from gateway.record import Outcome
 from gateway.relay import Relay
+from gateway.upstream_errors import from_status
 from loadtests.behaviour import Behaviour
 from loadtests.counting import counted
 from loadtests.engine import FakeEngine
@@ -53,8 +55,8 @@ async def hedged(*scripts: Behaviour, continuation: bool = False, edge: str = "p
     for engine in engines:
         await engine.start()
     model = {"backend": "pool", "continuation": continuation, "hedge": {"share": 0.5, "min_delay_ms": DELAY_S * 1000}}
-    replicas = [{"url": each.url, "max_in_flight": 20, "max_connections": 4} for each in engines]
-    pool = {"engine": "sglang", "replicas": replicas, "queue": {"enabled": False}}
+    replicas = [{"url": each.url, "max_in_flight": 20} for each in engines]
+    pool = {"engine": "sglang", "replicas": replicas, "queue": {"enabled": False}, "connections": {"max": 4}}
     try:
         async with serving(settings_for([], edge=edge, models={"m": model}, backends={"pool": pool})) as gateway:
             found = Hedged(gateway, engines)
@@ -134,7 +136,7 @@ async def test_the_second_goes_on_with_its_own_text_after_the_first_has_broken()
     async with hedged(Behaviour(role_only_then_hang=True), cut, counting(), continuation=True) as both:
         asking = asyncio.create_task(ask(both.gateway, STREAM))
         await both.engines[1].received(1)
-        both.engines[0].drop_connections()
+        await both.engines[0].stop()
         reply = await asking
         assert text_of(reply) == counted(PIECES)
         (record,) = await both.gateway.settled()
@@ -189,23 +191,29 @@ def prefer_first(gateway: Serving) -> None:
 
 @EDGES
 async def test_the_usage_is_that_of_all_legs_where_each_chunk_tells_its_own(edge: str) -> None:
-    async with FakeEngine(Behaviour(raw=in_pieces(10))) as ill, FakeEngine(counting()) as well:
-        async with serving(continuing(ill, well, edge=edge)) as gateway:
-            prefer_first(gateway)
-            reply = await ask(gateway, {**STREAM, "stream_options": {"include_usage": True}})
-            assert text_of(reply) == counted(PIECES)
-            shown = [event["usage"] for event in events(reply) if event.get("usage")]
-            assert [(each["prompt_tokens"], each["completion_tokens"]) for each in shown] == [(9, PIECES)]
-            (record,) = await gateway.settled()
-            assert record.usage is not None
-            assert (record.usage.prompt_tokens, record.usage.completion_tokens) == (9, PIECES)
-            assert record.cost_usd == pytest.approx((9 + PIECES) / 1e6)
+    async with (
+        FakeEngine(Behaviour(raw=in_pieces(10))) as ill,
+        FakeEngine(counting()) as well,
+        serving(continuing(ill, well, edge=edge)) as gateway,
+    ):
+        prefer_first(gateway)
+        reply = await ask(gateway, {**STREAM, "stream_options": {"include_usage": True}})
+        assert text_of(reply) == counted(PIECES)
+        shown = [event["usage"] for event in events(reply) if event.get("usage")]
+        assert [(each["prompt_tokens"], each["completion_tokens"]) for each in shown] == [(9, PIECES)]
+        (record,) = await gateway.settled()
+        assert record.usage is not None
+        assert (record.usage.prompt_tokens, record.usage.completion_tokens) == (9, PIECES)
+        assert record.cost_usd == pytest.approx((9 + PIECES) / 1e6)
 
 
 async def test_a_later_leg_without_a_usage_is_not_given_away() -> None:
+    rates = {"key": {"tokens_per_minute": 100_000}, "tenant": {"tokens_per_minute": 1_000_000}}
     async with FakeEngine(Behaviour(raw=in_pieces(10))) as ill, FakeEngine(counting(cut_after=20)) as other:
-        limits = {"limits": {"key": {"tokens_per_minute": 100000}, "tenant": {"tokens_per_minute": 1000000}}}
-        async with serving(continuing(ill, other, **limits)) as gateway:
+        limits: dict[str, Any] = {
+            "limits": {"key": {"tokens_per_minute": 100000}, "tenant": {"tokens_per_minute": 1000000}}
+        }
+        async with serving(continuing(ill, other, limits=rates)) as gateway:
             prefer_first(gateway)
             reply = await ask(gateway, STREAM)
             assert text_of(reply) == counted(30)
@@ -216,14 +224,17 @@ async def test_a_later_leg_without_a_usage_is_not_given_away() -> None:
 
 
 async def test_the_time_to_first_token_is_that_of_the_first_leg() -> None:
-    async with FakeEngine(counting(cut_after=5)) as ill, FakeEngine(counting(ttft_s=0.1)) as well:
-        async with serving(continuing(ill, well)) as gateway:
-            prefer_first(gateway)
-            await ask(gateway, STREAM)
-            (record,) = await gateway.settled()
-            assert record.continuations == 1
-            assert record.replica_ttft_s is not None
-            assert record.replica_ttft_s >= 0
+    async with (
+        FakeEngine(counting(cut_after=5)) as ill,
+        FakeEngine(counting(ttft_s=0.1)) as well,
+        serving(continuing(ill, well)) as gateway,
+    ):
+        prefer_first(gateway)
+        await ask(gateway, STREAM)
+        (record,) = await gateway.settled()
+        assert record.continuations == 1
+        assert record.replica_ttft_s is not None
+        assert record.replica_ttft_s >= 0
 
 
 async def test_what_an_engine_says_of_a_break_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -231,10 +242,13 @@ async def test_what_an_engine_says_of_a_break_is_not_logged(caplog: pytest.LogCa
     said = {"error": {"message": "cannot go on with 'the prompt'\n2026 ERROR forged", "type": "x", "code": 500}}
     raw = in_pieces(3) + f"data: {json.dumps(said)}\n\n"
     caplog.set_level(logging.INFO)
-    async with FakeEngine(Behaviour(raw=raw)) as ill, FakeEngine(counting()) as well:
-        async with serving(continuing(ill, well)) as gateway:
-            prefer_first(gateway)
-            assert text_of(await ask(gateway, STREAM)) == counted(PIECES)
+    async with (
+        FakeEngine(Behaviour(raw=raw)) as ill,
+        FakeEngine(counting()) as well,
+        serving(continuing(ill, well)) as gateway,
+    ):
+        prefer_first(gateway)
+        assert text_of(await ask(gateway, STREAM)) == counted(PIECES)
     assert "goes on after" in caplog.text
     assert "the prompt" not in caplog.text
     assert "forged" not in caplog.text
@@ -245,11 +259,69 @@ async def test_what_an_engine_says_of_a_break_is_not_logged(caplog: pytest.LogCa
 async def test_content_that_was_delivered_is_charged_however_the_answer_ends(code: int, edge: str) -> None:
     said = {"error": {"message": "no", "type": "x", "code": code}}
     raw = in_pieces(10) + f"data: {json.dumps(said)}\n\n"
-    async with FakeEngine(Behaviour(raw=raw)) as ill:
-        async with serving(continuing(ill, edge=edge)) as gateway:
-            reply = await ask(gateway, STREAM)
-            assert text_of(reply) == counted(10)
-            (record,) = await gateway.settled()
-            assert record.outcome is Outcome.UPSTREAM_INTERRUPTED
-            assert record.usage is not None
-            assert record.usage.completion_tokens == 10
+    async with FakeEngine(Behaviour(raw=raw)) as ill, serving(continuing(ill, edge=edge)) as gateway:
+        reply = await ask(gateway, STREAM)
+        assert text_of(reply) == counted(10)
+        (record,) = await gateway.settled()
+        assert record.outcome is Outcome.UPSTREAM_INTERRUPTED
+        assert record.usage is not None
+        assert record.usage.completion_tokens == 10
+
+
+# -- deadlines, and what engines say
+
+
+@EDGES
+async def test_a_question_that_comes_before_the_request_is_part_of_its_time(edge: str) -> None:
+    """llama.cpp is asked for its adapters first; an engine that does not answer that either costs no more time."""
+    silent = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with silent, serving(settings_for([url], engine="llamacpp", edge=edge)) as gateway:
+        reply = await ask(gateway, STREAM, "/v1/chat/completions", "x-tidegate-deadline-ms: 300")
+        assert reply.status == 504
+        (record,) = await gateway.settled()
+        assert record.outcome is Outcome.TIMEOUT
+        assert record.duration_s < 2.0
+
+
+@EDGES
+async def test_a_client_that_reads_nothing_for_a_while_does_not_use_up_the_time_to_first_token(edge: str) -> None:
+    async with (
+        FakeEngine(counting(cut_after=5)) as ill,
+        FakeEngine(counting(ttft_s=1.2)) as well,
+        serving(continuing(ill, well, edge=edge, backend={"timeouts": {"first_token_s": 0.6}})) as gateway,
+    ):
+        prefer_first(gateway)
+        asking = asyncio.create_task(ask(gateway, STREAM))
+        await well.received(1)
+        (relay,) = gateway.runtime._relays
+        relay._pause(True)
+        await asyncio.sleep(0.9)
+        relay._pause(False)
+        assert text_of(await asking) == counted(PIECES)
+
+
+async def test_an_ejection_is_logged_without_the_engines_words(caplog: pytest.LogCaptureFixture) -> None:
+    body = json.dumps({"error": {"message": "cannot render 'the prompt'\n2026 ERROR forged", "code": "a\nforged"}})
+    async with (
+        FakeEngine(Behaviour(status=500, error_body=body)) as ill,
+        FakeEngine() as well,
+        serving(settings_for([ill.url, well.url])) as gateway,
+    ):
+        for _ in range(20):
+            await ask(gateway, {**STREAM, "stream": False})
+    assert "is ejected" in caplog.text
+    assert "the prompt" not in caplog.text
+    assert "forged" not in caplog.text
+
+
+def test_a_code_that_is_no_word_is_nobodys() -> None:
+    """It is logged, and told apart by."""
+    for code in ("a\nb", "x" * 200, "", "a b"):
+        error = from_status(400, [], {"message": "no", "code": code}, Fault.REQUEST, 0.0)
+        assert error.code is None
+    error = from_status(429, [], {"message": "no", "code": "rate\nlimit"}, Fault.OVERLOAD, 0.0)
+    assert error.code == "rate_limit_exceeded"
+    assert (
+        from_status(400, [], {"code": "context_length_exceeded"}, Fault.REQUEST, 0.0).code == "context_length_exceeded"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from random import Random
 from statistics import fmean
 
@@ -274,3 +275,52 @@ def test_a_router_tells_it_of_first_tokens_once_something_was_learned() -> None:
     before = learned.slow()
     first_tokens(refusing, 5.0)
     assert (before, learned.slow()) == (False, True)
+
+
+def test_a_quota_for_each_minute_is_used_up_each_minute() -> None:
+    """A hosted API that allows 600 requests a minute and any number at once, and names no time when it refuses."""
+    rng, meter, ends = Random(1), Meter(), list[float]()
+    now, minute, used, served = 0.0, 0, 0, 0
+    while now < 600.0:
+        now += rng.expovariate(20.0)
+        if int(now // 60) != minute:
+            minute, used = int(now // 60), 0
+        while ends and ends[0] <= now:
+            ended = heappop(ends)
+            meter.answered(len(ends), ended)
+        limit = meter.capacity.requests
+        if limit is not None and len(ends) >= limit:
+            continue
+        if used == 600:
+            meter.refused(len(ends), now)
+            continue
+        used += 1
+        served += 1
+        heappush(ends, now + rng.uniform(2.5, 7.5))
+    assert served >= 0.9 * 6000
+
+
+def test_what_is_refused_beside_next_to_nothing_is_refused_by_rate() -> None:
+    meter = Meter()
+    meter.refused(40, 0.0)
+    meter.refused(19, 2.0)
+    meter.refused(9, 4.0)
+    assert meter.capacity.requests == 5
+    meter.refused(0, 6.0, said=False)  # a silence says nothing of a rate
+    assert meter.capacity.requests == 3
+    meter.refused(0, 8.0)
+    assert meter.capacity.requests == 40
+    meter.refused(1, 8.0 + 2 * EVENT_S)
+    assert meter.capacity.requests == 40
+    meter.refused(30, 20.0)
+    assert meter.capacity.requests == 20
+
+
+def test_a_server_for_two_refuses_its_burst_by_what_it_takes() -> None:
+    meter = Meter()
+    for beside in (9, 8, 2, 1, 0):
+        meter.refused(beside, 0.1)
+    assert meter.capacity.requests == 5
+    meter.refused(4, 2.0)
+    meter.refused(1, 2.1)
+    assert meter.capacity.requests == FLOOR

@@ -209,3 +209,48 @@ def test_pictures_of_other_servers_are_fetched_by_hosted_apis_only() -> None:
     assert refusal(rules("openrouter", remote_media=[]), messages=picture) is not None
     assert refusal(rules("sglang", remote_media=["X.org"]), messages=picture) is None
     assert refusal(rules("sglang", remote_media=["*"]), messages=picture) is None
+
+
+@pytest.mark.parametrize("name", sorted(PENALTIES))
+@pytest.mark.parametrize("value", ["1e300", "-5", True, [9.0], {"a": 1}])
+def test_a_penalty_that_an_engine_would_read_leniently_is_refused(name: str, value: Any) -> None:
+    """Pydantic's lax mode, which vLLM and SGLang use, makes a number of `"1e300"`."""
+    assert refusal(rules(), **{name: value}) == ("invalid_type", name)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n_predict", "min_tokens"])
+def test_no_end_of_output_is_more_than_any_cap(name: str) -> None:
+    """llama.cpp and others take -1 for "until the context is full"."""
+    assert refusal(rules("llamacpp", Caps(output_tokens=100)), **{name: -1}) == ("value_out_of_range", name)
+    assert refusal(rules("llamacpp"), **{name: -1}) is None
+
+
+_LONG = "(a+)+" * 1000
+_SCHEMA = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "string", "pattern": _LONG}}}}
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": _SCHEMA}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": _SCHEMA}}},
+        {"structured_outputs": {"json": _SCHEMA}},
+        {"structured_outputs": {"json": json.dumps(_SCHEMA)}},
+        {"json_schema": json.dumps(_SCHEMA)},
+        {"guided_json": {"anyOf": [{"patternProperties": {_LONG: {}}}]}},
+        {"response_format": {"type": "structural_tag", "structures": [{"begin": "x", "schema": _SCHEMA}]}},
+        {"tools": [_TOOL], "tool_choice": "required"},
+    ],
+)
+def test_a_pattern_inside_of_a_schema_is_a_pattern(fields: dict[str, Any]) -> None:
+    name = next(iter(fields))
+    code, param = refusal(rules(), **fields) or ("", "")
+    assert (code, param and param.partition(".")[0]) == ("value_out_of_range", name)
+    assert refusal(rules(caps=Caps(pattern_bytes=10_000)), **fields) is None
+
+
+def test_a_property_may_be_called_pattern() -> None:
+    schema = {"type": "object", "properties": {"pattern": {"type": "string", "description": "x" * 9000}}}
+    assert refusal(rules(), response_format={"type": "json_schema", "json_schema": {"schema": schema}}) is None
+    assert refusal(rules(), tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}]) is None
+    assert refusal(rules(), json_schema="{not json") is None

@@ -122,10 +122,19 @@ def test_where_there_is_nothing_to_check_it_costs_nothing(tmp_path: Path) -> Non
     assert hosts_of(keyed(tmp_path, ["http://127.0.0.1:1"], server={"allowed_hosts": ["x"]})) is not None
 
 
-@pytest.mark.parametrize("name", ["a b", "http://x", "x:80", "", "x/y", "-x", "*.x.org"])
+@pytest.mark.parametrize(
+    "name",
+    ["a b", "http://x", "x:80", "", "x/y", "-x", "*.x.org", "10.0.0.5:7400", "[::1]:7400", ".", "[::1", "::1]", "a::g"],
+)
 def test_names_in_the_settings_are_names(name: str) -> None:
     with pytest.raises(ValueError, match="allowed_hosts"):
         Settings(server={"allowed_hosts": [name]})  # type: ignore[arg-type]
+
+
+def test_an_address_in_the_settings_is_compared_as_browsers_write_it() -> None:
+    for written in ("fd00:0:0::5", "[FD00::5]"):
+        listed = Settings(server={"allowed_hosts": [written]}).server.allowed_hosts  # type: ignore[arg-type]
+        assert HostList(listed, own="::1").allows(host_name("[fd00::5]:7400")), written
 
 
 def test_the_admin_listener_takes_listed_names_too() -> None:

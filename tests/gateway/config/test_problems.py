@@ -423,3 +423,20 @@ def test_aliases_that_multiply_are_refused_at_once(tmp_path: Path) -> None:
     file.write_text("\n".join(rows))
     with pytest.raises(ConfigError, match="multiply it to more than 200,000 values"):
         load(file, {})
+
+
+def test_fields_that_are_allowed_in_vain_are_reported(tmp_path: Path) -> None:
+    found = problems_of(
+        tmp_path,
+        "models: {chat: {backend: pool}}\n"
+        "backends:\n"
+        "  pool:\n"
+        "    engine: vllm\n"
+        "    replicas: [{url: http://a}, {url: http://b, engine: sglang}]\n"
+        "    allow_fields: [chat_templat, kv_transfer_params, temperature, stop_regex, mm_processor_kwargs]\n",
+    )
+    said = {problem.path: str(problem) for problem in found}
+    assert set(said) == {f"backends.pool.allow_fields[{index}]" for index in range(3)}
+    assert "did you mean chat_template?" in said["backends.pool.allow_fields[0]"]
+    assert "always refused" in said["backends.pool.allow_fields[1]"]
+    assert "chat_template" in said["backends.pool.allow_fields[2]"]
