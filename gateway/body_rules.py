@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.dialects.protocol import EMBEDDINGS, Dialect
-from gateway.body import Body
+from gateway.body import Body, parse
 from gateway.config import Backend, Caps
 from gateway.errors import InvalidRequest
 from gateway.media import ANY, check_inputs, check_media
@@ -50,7 +50,11 @@ PENALTIES = {
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 _REFUSED_ARGUMENTS = frozenset({"chat_template", "tokenize", "tokenizer", "messages", "conversation"})
 """With these the arguments of a template are another template, or what it is applied to."""
-_CAPPED = frozenset({*CHOICES, *LOGPROBS, *GRAMMARS, *PATTERNS, *LISTS, *PENALTIES, TEMPLATE_ARGUMENTS})
+TOOLS = "tools"
+"""Schemas too, which engines make grammars of: CVE-2025-48944 was a `pattern` in one."""
+_CAPPED = frozenset({*CHOICES, *LOGPROBS, *GRAMMARS, *PATTERNS, *LISTS, *PENALTIES, TEMPLATE_ARGUMENTS, TOOLS})
+_SCHEMAS = frozenset({"json", "json_schema", "guided_json", "structural_tag", "schema"})
+"""Members that may be a text which is a schema."""
 _INNER_PATTERNS = ("regex", "pattern", "whitespace_pattern")
 
 
@@ -111,6 +115,9 @@ class BodyRules:
                     raise _too_much(name, "must not be negative, which means as many as there is room for")
         elif name in GRAMMARS:
             _size(name, body, caps.grammar_bytes)
+            if type(value) is not str or name in _SCHEMAS:
+                _check_patterns(name, value, caps.pattern_bytes)
+        elif name == TOOLS:
             _check_patterns(name, value, caps.pattern_bytes)
         elif name in PATTERNS:
             _size(name, body, caps.pattern_bytes)
@@ -179,10 +186,12 @@ def _check_patterns(name: str, value: Any, most: int) -> None:
         for each in value:
             if type(each) is dict or type(each) is list:
                 _check_patterns(name, each, most)
-    elif type(value) is str and len(value) > most and value.lstrip()[:1] in ("{", "["):
-        with suppress(InvalidRequest):  # not JSON, and so no schema
-            read = parse(b'{"schema":%b}' % value.encode()).fields["schema"]
-            _check_read(name, read, most)
+    elif type(value) is str and len(value) > most and value.lstrip()[:1] == "{":
+        try:
+            read = parse(value.encode()).fields
+        except InvalidRequest:
+            raise _too_much(name, "is not valid JSON") from None
+        _check_patterns(name, read, most)
 
 
 def _too_much(name: str, why: str) -> InvalidRequest:

@@ -179,7 +179,10 @@ def in_pieces(tokens: int) -> str:
     return "".join(found)
 
 
-def continuing(*engines: FakeEngine, edge: str = "protocol", **sections: Any) -> Any:
+def continuing(*engines: FakeEngine, edge: str = "protocol", queue: Any = None, **sections: Any) -> Any:
+    if queue is not None:
+        replicas = [{"url": each.url, "max_in_flight": 1} for each in engines]
+        sections["backend"] = {"replicas": replicas, "queue": queue}
     models = {"m": {"backend": "pool", "continuation": True, "price": {"input": 1.0, "output": 1.0}}}
     return settings_for([each.url for each in engines], engine="sglang", edge=edge, models=models, **sections)
 
@@ -208,19 +211,19 @@ async def test_the_usage_is_that_of_all_legs_where_each_chunk_tells_its_own(edge
 
 
 async def test_a_later_leg_without_a_usage_is_not_given_away() -> None:
-    rates = {"key": {"tokens_per_minute": 100_000}, "tenant": {"tokens_per_minute": 1_000_000}}
-    async with FakeEngine(Behaviour(raw=in_pieces(10))) as ill, FakeEngine(counting(cut_after=20)) as other:
-        limits: dict[str, Any] = {
-            "limits": {"key": {"tokens_per_minute": 100000}, "tenant": {"tokens_per_minute": 1000000}}
-        }
-        async with serving(continuing(ill, other, limits=rates)) as gateway:
-            prefer_first(gateway)
-            reply = await ask(gateway, STREAM)
-            assert text_of(reply) == counted(30)
-            (record,) = await gateway.settled()
-            assert record.outcome is Outcome.UPSTREAM_INTERRUPTED
-            assert record.usage is not None
-            assert record.usage.completion_tokens >= 25
+    limits = {"key": {"tokens_per_minute": 100_000}, "tenant": {"tokens_per_minute": 1_000_000}}
+    async with (
+        FakeEngine(Behaviour(raw=in_pieces(10))) as ill,
+        FakeEngine(counting(cut_after=20)) as other,
+        serving(continuing(ill, other, limits=limits)) as gateway,
+    ):
+        prefer_first(gateway)
+        reply = await ask(gateway, STREAM)
+        assert text_of(reply) == counted(30)
+        (record,) = await gateway.settled()
+        assert record.outcome is Outcome.UPSTREAM_INTERRUPTED
+        assert record.usage is not None
+        assert record.usage.completion_tokens >= 25
 
 
 async def test_the_time_to_first_token_is_that_of_the_first_leg() -> None:
@@ -266,6 +269,27 @@ async def test_content_that_was_delivered_is_charged_however_the_answer_ends(cod
         assert record.outcome is Outcome.UPSTREAM_INTERRUPTED
         assert record.usage is not None
         assert record.usage.completion_tokens == 10
+
+
+@EDGES
+async def test_an_answer_that_breaks_off_late_may_wait_for_a_place_as_long_as_any(edge: str) -> None:
+    """The line's longest wait is counted from the break, not from when the request came."""
+    queue = {"max_wait_s": 5.0}
+    async with FakeEngine(counting(cut_after=10, interval_s=0.05)) as ill, FakeEngine(counting()) as well:
+        settings = continuing(ill, well, edge=edge, queue=queue)
+        async with serving(settings) as gateway:
+            first, second = gateway.runtime.fleet.pools["pool"].replicas
+            second.in_flight += 1
+            asking = asyncio.create_task(ask(gateway, STREAM))
+            await ill.received(1)
+            (visit,) = gateway.runtime.gate.visits.values()
+            visit.entered_at -= 30.0  # it has been answered for so long
+            await until(lambda: first.in_flight == 0, 10.0)
+            await asyncio.sleep(0.2)
+            second.in_flight -= 1
+            assert text_of(await asking) == counted(PIECES)
+            (record,) = await gateway.settled()
+            assert record.queue_s < 1.0
 
 
 # -- deadlines, and what engines say
