@@ -25,6 +25,7 @@ from backends.side import SideChannel
 from backends.signals import Signals
 from backends.ticker import Ticker
 from routing.credential import Credential, Credentials
+from routing.pause import Pauses
 from routing.types import Replica
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,7 @@ class Upstream:
         self.replica.adapter_slots = self.adapter_slots
         self.replica.loadable = self.loadable
         self.replica.shelf.refused_until.clear()
+        self.replica.limits = Pauses()  # what it has asked for is forgotten there as well
 
     async def abort(self, request_id: str) -> None:
         """Tell the engine to stop a request, where it can be told. Best effort: failure is logged, not raised."""

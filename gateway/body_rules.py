@@ -118,7 +118,11 @@ class BodyRules:
             if type(value) is not str or name in _SCHEMAS:
                 _check_patterns(name, value, caps.pattern_bytes)
         elif name == TOOLS:
-            _check_patterns(name, value, caps.pattern_bytes)
+            begin, end = body.spans[name]
+            said = body.raw[begin:end]
+            # Seldom, where walking over fifty tools takes 0.5 ms. An escape may hide a key.
+            if end - begin > caps.pattern_bytes and (b"pattern" in said or b'"regex' in said or b"\\u00" in said):
+                _check_patterns(name, value, caps.pattern_bytes)
         elif name in PATTERNS:
             _size(name, body, caps.pattern_bytes)
         elif name in LISTS:

@@ -62,8 +62,8 @@ class GatewayError(Exception):
         found: list[tuple[bytes, bytes]] = []
         if self.retry_after_s is not None:
             wait_s = self.retry_after_s
-            if wait_s <= 1.0 and self.status >= 500:
-                wait_s += random.random()  # nobody knows better, and not all should come back in the same moment
+            if wait_s == 1.0 and self.status >= 500:
+                wait_s += random.random()  # what is said when nobody knows better; not all should come back together
             # Rounded up: whoever comes back at that time is not early.
             found.append((b"retry-after", b"%d" % max(1, math.ceil(wait_s))))
             found.append((b"retry-after-ms", b"%d" % max(1, math.ceil(wait_s * 1000))))

@@ -146,7 +146,7 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
             in_panic = decision.reason in PANIC
             goes_on = story.goes_on(upstream, verdict, in_panic=in_panic, seen=relay.started_content)
             if relay.started_content:
-                story = _resumed(asking, verdict, story, goes_on, runtime)
+                story = _resumed(asking, verdict, story, goes_on, runtime, visit)
             elif not goes_on:
                 raise verdict.error
             if story.pause_s:
@@ -155,7 +155,9 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
         story.close()
 
 
-def _resumed(asking: Asking, verdict: Verdict, story: Attempts, goes_on: bool, runtime: Runtime) -> Attempts:
+def _resumed(
+    asking: Asking, verdict: Verdict, story: Attempts, goes_on: bool, runtime: Runtime, visit: Visit | None
+) -> Attempts:
     """The answer has broken off, or a replica that was to go on with it has not: the story that another attempt belongs
     to. Raises what the client gets when there can be none."""
     order, leg, resumption = asking.order, asking.relay.leg, asking.resumption
@@ -170,6 +172,8 @@ def _resumed(asking: Asking, verdict: Verdict, story: Attempts, goes_on: bool, r
     if not leg.passing:
         return story
     asking.relay.exchange.continuations += 1
+    if visit is not None:
+        visit.broke_off(time.monotonic(), asking.relay.total_deadline)
     logger.info("request %s goes on after %s: %s", order.request.id, leg.replica.name, verdict.error.code)
     story.close()
     story = Attempts(order.route.pool, runtime.witness, order.request.model)

@@ -34,7 +34,10 @@ def ask(lock: Path, service: list[str]) -> tuple[list[dict[str, Any]] | None, st
             *("--format", "json", "--output", str(found), "--progress-spinner", "off", *service),
             *(word for id in IGNORED for word in ("--ignore-vuln", id)),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
+        except subprocess.TimeoutExpired:  # which would end with the exit code of a finding
+            return None, f"no answer within {WITHIN_S} s"
         # Found and failed have the same exit code; only who was answered writes the file.
         if not found.exists():
             return None, done.stderr.strip().rpartition("\n")[2][:600] or f"pip-audit ended with {done.returncode}"

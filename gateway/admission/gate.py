@@ -294,7 +294,8 @@ class Gate:
                 raise QueueFull(visit.entry)
             visit.max_wait_s = max(0.0, ends_at - visit.entered_at)
             await self._wait(visit, relay)
-        exchange.queue_s = time.monotonic() - visit.entered_at
+        if not relay.started_content:
+            exchange.queue_s = time.monotonic() - visit.entered_at
         exchange.admission_headers = self._headers_after_wait(exchange)
         return True
 
@@ -320,8 +321,10 @@ class Gate:
         finally:
             self.waiting -= 1
             visit.waiter = None
-            exchange.queue_s = time.monotonic() - visit.entered_at
-            self.metrics.waited(visit.pool, visit.order.band, exchange.queue_s)
+            waited_s = time.monotonic() - visit.entered_at
+            if not relay.started_content:  # else it is a continuation's, which no first token waits for
+                exchange.queue_s = waited_s
+            self.metrics.waited(visit.pool, visit.order.band, waited_s)
             exchange.admission_headers = self._headers_after_wait(exchange)
         if self.directory is not None and not self.directory.still_valid(visit.principal, time.time()):
             raise Unauthenticated("The API key has ended while its request waited.")

@@ -60,6 +60,11 @@ class Visit(msgspec.Struct, eq=False):
     moves: int = 0
     """How often its request has gone on elsewhere."""
 
+    def broke_off(self, now: float, deadline: float) -> None:
+        """Its answer has broken off and is to be gone on with: it may wait for a replica once more, as long as any."""
+        self.entered_at = now
+        self.max_wait_s = max(0.0, min(self.order.route.pool.settings.queue.max_wait_s, deadline - now))
+
     @property
     def in_line(self) -> bool:
         """It waits for its place."""

@@ -235,16 +235,19 @@ def _allowed_fields(data: dict[str, Any]) -> Iterator[Finding]:
             continue
         entries = backend.get("replicas")
         own = [each.get("engine") for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
-        names = {engine or backend.get("engine") for engine in own or [None]}
-        if not names <= DIALECTS.keys():
+        said = [engine or backend.get("engine") for engine in own or [None]]
+        names = {engine for engine in said if isinstance(engine, str)}
+        if not names or not names <= DIALECTS.keys():
             continue  # something else is wrong
         risky = sorted(frozenset[str]().union(*(DIALECTS[name].risky for name in names)))
         reserved = frozenset[str]().union(*(DIALECTS[name].reserved for name in names))
         for index, field in enumerate(fields):
             path: Path = ("backends", pool, "allow_fields", index)
+            if not isinstance(field, str):
+                continue
             if field in reserved:
                 yield Finding(path, f"{shown(field)} steers the engine itself and is always refused", "take it out")
-            elif isinstance(field, str) and field not in risky:
+            elif field not in risky:
                 hint = did_you_mean(field, risky) or "take it out"
                 yield Finding(path, f"{shown(field)} is not a field that this backend's engines refuse", hint)
 

@@ -273,7 +273,9 @@ async def test_a_full_pool_without_a_queue_is_a_503_that_says_when_to_come_back(
             await first
     assert (reply.status, error_of(reply.body)["code"]) == (503, "no_replica_available")
     assert "1 full" in error_of(reply.body)["message"]
-    assert (reply.headers["retry-after"], reply.headers["retry-after-ms"]) == ("1", "1000")
+    # A second, and up to another, so that not all come back together.
+    assert 1000 <= int(reply.headers["retry-after-ms"]) <= 2000
+    assert reply.headers["retry-after"] in ("1", "2")
     assert record.outcome is Outcome.UNAVAILABLE
 
 

@@ -190,3 +190,12 @@ def test_what_bounds_the_output_is_never_left_out(field: str) -> None:
     # vLLM, of a prompt that leaves less room than a hard limit allows.
     said = f"'{field}' or 'max_completion_tokens' is too large: 4096. This model's maximum context length is 4096"
     assert refused_field(UpstreamReply(400, [], said.encode()), {field: b"4096"}, {}) is None
+
+
+def test_an_engine_that_has_begun_anew_is_asked_at_once_whatever_it_said_before() -> None:
+    found = upstream()
+    replica = found.replica
+    replica.paused_until = replica.limits.begin("m", 300.0, 1000.0)
+    assert replica.limited_until("m", 1001.0) == 1300.0
+    found.begin_anew()
+    assert replica.limited_until("m", 1001.0) == 0.0

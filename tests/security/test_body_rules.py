@@ -254,3 +254,9 @@ def test_a_property_may_be_called_pattern() -> None:
     assert refusal(rules(), response_format={"type": "json_schema", "json_schema": {"schema": schema}}) is None
     assert refusal(rules(), tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}]) is None
     assert refusal(rules(), json_schema="{not json") is None
+
+
+def test_an_escape_does_not_hide_a_pattern() -> None:
+    raw = json.dumps({"model": "m", "messages": [], "tools": [_TOOL]}).replace('"pattern"', '"\\u0070attern"')
+    with pytest.raises(InvalidRequest, match="tools"):
+        rules().check(CHAT, parse(raw.encode()))

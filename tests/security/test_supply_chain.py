@@ -95,8 +95,10 @@ def test_upgrading_one_package_keeps_the_others_where_they_are(tmp_path: Path) -
 
 
 STAND_IN = """
-import json, os, sys
+import json, os, sys, time
 told = os.environ["STAND_IN"]
+if told == "silent":
+    time.sleep(60)
 lock = sys.argv[sys.argv.index("--requirement") + 1]
 if told == "away":
     sys.exit("Traceback\\nConnectionError: no way to the service")
@@ -133,6 +135,21 @@ def test_an_audit_that_could_not_be_made_is_no_clean_one(
     )
     assert done.returncode == code, done.stderr
     assert says in done.stdout + done.stderr
+
+
+def test_an_index_that_does_not_answer_is_not_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "pip_audit.py").write_text(STAND_IN)
+    code = "import sys; sys.path.insert(0, 'scripts'); import audit; audit.WITHIN_S = 0.5; sys.exit(audit.main([]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "STAND_IN": "silent"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, "no answer within" in done.stderr) == (2, True), done.stderr
 
 
 # -- what goes out

@@ -440,3 +440,10 @@ def test_fields_that_are_allowed_in_vain_are_reported(tmp_path: Path) -> None:
     assert "did you mean chat_template?" in said["backends.pool.allow_fields[0]"]
     assert "always refused" in said["backends.pool.allow_fields[1]"]
     assert "chat_template" in said["backends.pool.allow_fields[2]"]
+
+
+@pytest.mark.parametrize("fields", ["[[]]", "[{env: A}]", "[1, chat_template]", "{a: b}"])
+def test_fields_of_another_kind_are_reported_as_such(tmp_path: Path, fields: str) -> None:
+    found = problems_of(tmp_path, GOOD + f"    allow_fields: {fields}\n")
+    assert found
+    assert all(problem.path.startswith("backends.pool.allow_fields") for problem in found)

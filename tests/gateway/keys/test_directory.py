@@ -188,7 +188,7 @@ def test_a_directory_that_was_never_read_lets_nobody_in_and_blames_nobody() -> N
     directory = Directory(PEPPER)
     status, body, hints = refusal(directory, bearing(key))
     assert (status, json.loads(body)["error"]["code"]) == (503, "keys_unavailable")
-    assert (b"retry-after", b"1") in hints
+    assert dict(hints)[b"retry-after"] in (b"1", b"2")
     directory.apply(Changes(1, keys=(record,), complete=True))
     directory.mark(Freshness.CURRENT)
     assert directory.authenticate(bearing(key), NOW).key == record
@@ -200,7 +200,7 @@ def test_an_aged_reading_serves_known_keys_and_leaves_the_others_open() -> None:
     directory = directory_of(record, of_disabled)
     directory.mark(Freshness.AGED)
     assert directory.authenticate(bearing(key), NOW).key == record
-    answers = {str(refusal(directory, bearing(each))) for each in (mint(), disabled)}
+    answers = {str(refusal(directory, bearing(each))[:2]) for each in (mint(), disabled)}
     assert len(answers) == 1
     assert "503" in answers.pop()
     assert refusal(directory, bearing("not-of-our-form"))[0] == 401  # no reading could ever bring that

@@ -306,7 +306,7 @@ async def test_a_database_that_is_away_is_503(tmp_path: Path) -> None:
         answer = await desk.client.get("/admin/keys")
         assert answer.status_code == 503, answer.text
         assert answer.json()["error"]["code"] == "database_unavailable"
-        assert answer.headers["retry-after"] == "1"
+        assert answer.headers["retry-after"] in ("1", "2")
         assert desk.told == 0
 
 

@@ -116,6 +116,7 @@ async def test_a_request_that_is_refused_behind_another_is_not_answered_in_its_p
 async def test_trailers_are_no_headers() -> None:
     async with admin() as (_, port), connect("127.0.0.1", port) as client:
         await client.send(
-            b"POST /body HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nauthorization: y\r\n\r\n"
+            b"POST /body HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"1\r\nx\r\n0\r\nauthorization: y\r\n\r\n"
         )
         assert (await client.reply()).body == b"host,transfer-encoding"
