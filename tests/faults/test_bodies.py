@@ -151,7 +151,11 @@ async def test_35_a_line_without_an_end(tmp_path: Path, report: Report) -> None:
             "refused when it is above 1 MiB; memory bounded; others not held up",
             f"{[(answer.status, answer.error.get('code')) for answer in answers]}, {received} bytes passed on; "
             f"peak + {grown_mb:.1f} MB; others' p99 {took_ms(alone, 99):.0f} → {took_ms(beside, 99):.0f} ms",
-            all(answer.status == 502 for answer in answers) and grown_mb <= 24 and len(beside) > 0 and not bad,
+            # 502, or an error event where the gigabyte took longer to come than a stream's head is held back.
+            all(answer.status in (200, 502) and answer.error.get("code") == "upstream_failed" for answer in answers)
+            and grown_mb <= 24
+            and len(beside) > 0
+            and not bad,
             {"problems": bad, "grown_mb": grown_mb},
         ),
     )
