@@ -173,6 +173,7 @@ async def connect_first(addresses: Sequence[Address], stagger_s: float = STAGGER
     waiting = deque(addresses)
     under_way: set[asyncio.Task[socket.socket]] = set()
     last_error: OSError = OSError("no addresses")
+    first: socket.socket | None = None
     try:
         while waiting or under_way:
             if waiting:
@@ -188,14 +189,20 @@ async def connect_first(addresses: Sequence[Address], stagger_s: float = STAGGER
                     under_way.discard(task)
                 else:
                     under_way.discard(task)
+                    first = sock
                     return sock
         raise last_error
     finally:
         for task in under_way:
             task.cancel()
-        for late in await asyncio.gather(*under_way, return_exceptions=True):
-            if isinstance(late, socket.socket):  # it came in the same turn as the winner
-                late.close()
+        try:
+            for late in await asyncio.gather(*under_way, return_exceptions=True):
+                if isinstance(late, socket.socket):  # it came in the same turn as the winner
+                    late.close()
+        except asyncio.CancelledError:
+            if first is not None:
+                first.close()
+            raise
 
 
 async def _connected(address: Address) -> socket.socket:

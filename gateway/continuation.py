@@ -78,6 +78,7 @@ class Continuation:
         "_tokens_before",
         "continuations",
         "refusal",
+        "uncounted",
     )
 
     def __init__(self, path: str, fields: Mapping[str, Any], refusal: str) -> None:
@@ -85,6 +86,8 @@ class Continuation:
         """Why the answer cannot be gone on with; "" as long as it can."""
         self.continuations = 0
         """How often it was gone on with."""
+        self.uncounted = False
+        """Some text came without the engine's own count, so that `sent_tokens` may be too few."""
         self._path = path
         self._fields = fields
         self._asked_to_count = False
@@ -142,6 +145,7 @@ class Continuation:
         spoken = _spoken(choices)
         counted = self._count(chunk)
         if spoken:
+            self.uncounted |= counted is None
             self._leg_tokens = self._leg_tokens + 1 if counted is None else max(1, counted)
         self._keep(spoken, choices)
         hidden = _counts(chunk) if self._asked_to_count and choices else None

@@ -298,11 +298,15 @@ class Leg:
             self.fail(Disconnected(self.replica.name, "body", "the server has stopped", sent=True, got_bytes=True))
 
     def resolve(self, result: UpstreamReply | None) -> None:
-        """The answer is complete."""
+        """The answer is complete. Whoever waits for it may be leaving in this moment: it came before, and counts."""
+        done = self._done
+        if done is not None and done.done() and not done.cancelled():
+            return
         self.completed = True
-        if self._done is not None and not self._done.done():
-            self.whole = result
-            self._done.set_result(result)
+        if done is not None:
+            self.whole = self.whole or result
+            if not done.done():
+                done.set_result(result)
 
     def fail(self, error: Exception) -> None:
         """End the attempt with this error, if it is not over."""

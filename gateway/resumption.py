@@ -32,11 +32,12 @@ _UNTOUCHED = frozenset({Again.UNCOUNTED, Again.SAFELY, Again.ANYWHERE})
 class Resumption:
     """What one request would need to be gone on with. Made for every stream of a model that has continuation on."""
 
-    __slots__ = ("_bodies", "_fields", "_order", "_rival", "continuation", "error", "unable")
+    __slots__ = ("_bodies", "_bounded", "_fields", "_order", "_rival", "continuation", "error", "unable")
 
     def __init__(self, order: Order, bound: int | None) -> None:
         """`bound`: output tokens that the gateway lets it have, where it sets that itself."""
         self._order = order
+        self._bounded = bound is not None
         self._fields = order.body.fields
         if bound is not None:
             self._fields = {**self._fields, **bounding(order.path, self._fields, bound, "")}
@@ -89,6 +90,8 @@ class Resumption:
             return "" if verdict.again in _UNTOUCHED or verdict.answered else "no_progress"
         if verdict.evidence not in _BROKEN:
             return "ended"
+        if self._bounded and self.continuation.uncounted:
+            return "uncounted"  # the bound is a limit's, which more tokens than were counted would pass
         refusal = self.continuation.cut()
         if refusal:
             return refusal

@@ -35,8 +35,8 @@ class Caps(Section):
     )
     pattern_bytes: Annotated[Whole, Field(ge=1, le=1_048_576)] = Field(
         default=4096,
-        description="A regular expression for the output, in schemas and tools too, in bytes. 4 KiB: longer ones can hold "
-        "an engine for minutes.",
+        description="A regular expression for the output, in schemas and tools too, in bytes. 4 KiB: longer ones can "
+        "hold an engine for minutes.",
     )
     list_items: _Count = Field(
         default=1024,

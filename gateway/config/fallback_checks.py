@@ -84,6 +84,17 @@ def check_hedge(data: dict[str, Any], name: str, model: dict[str, Any]) -> Itera
         )
 
 
+def check_continuation(data: dict[str, Any], name: str, model: dict[str, Any]) -> Iterator[Finding]:
+    """No hosted API goes on with a text that another one has begun."""
+    backend = _mapping(data, "backends").get(str(model.get("backend")))
+    if isinstance(backend, dict) and _all_hosted(backend):
+        yield Finding(
+            ("models", name, "continuation"),
+            f"the replicas of {shown(model['backend'])} are hosted ones, which cannot go on with another's answer",
+            "take it out",
+        )
+
+
 def _all_hosted(backend: dict[str, Any]) -> bool:
     """Whether every replica is rented. Where that cannot be told, something else is wrong, and this is False."""
     from backends.dialects import DIALECTS

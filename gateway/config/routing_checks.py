@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 from random import Random
 from typing import Any
 
-from gateway.config.fallback_checks import check_fallbacks, check_hedge
+from gateway.config.fallback_checks import check_continuation, check_fallbacks, check_hedge
 from gateway.config.problems import Finding, Path, did_you_mean, shown
 
 
@@ -31,6 +31,8 @@ def check_routing(data: dict[str, Any]) -> Iterator[Finding]:
             yield from check_fallbacks(data, name, model)
         if isinstance(model.get("hedge"), dict):
             yield from check_hedge(data, name, model)
+        if model.get("continuation") is True:
+            yield from check_continuation(data, name, model)
 
 
 def _policy(policy: str, path: Path) -> Iterator[Finding]:

@@ -54,8 +54,8 @@ class HostList:
     def origin_problem(self, value: bytes) -> GatewayError | None:
         """Why a web page of this origin may not ask here; None when it may."""
         scheme, _, rest = value.decode("latin-1").partition("://")
-        if scheme in ("http", "https") and self.allows(host_name(rest)):
-            return None
+        if ANY in self._exact or (scheme in ("http", "https") and self.allows(host_name(rest))):
+            return None  # desktop programs have origins without a host: null, tauri://localhost
         return ForeignOrigin(
             "Web pages of other origins may not ask here; allowed_hosts in the configuration names those that may."
         )

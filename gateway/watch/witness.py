@@ -51,7 +51,8 @@ class Witness:
             return
         seen = (replica.pool, replica.name, verdict.evidence.value)
         self.evidence[seen] = self.evidence.get(seen, 0) + 1
-        if verdict.evidence in (Evidence.OVERLOADED, Evidence.STALLED):
+        # What one of several keys may do is not what the server takes: the next key has its own limit.
+        if verdict.evidence in (Evidence.OVERLOADED, Evidence.STALLED) and not (verdict.limits_key and key is not None):
             self._note_refusal(replica, now, said=verdict.evidence is Evidence.OVERLOADED)
         change = observe(replica, pool, verdict.evidence, now)
         if change is not None:

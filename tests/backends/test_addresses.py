@@ -248,3 +248,25 @@ async def test_a_thread_that_cannot_be_started_is_a_failed_question_and_no_end(m
     names.now += FRESH_S + 1.0
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     assert await names.addresses.get() == ONE  # the old answer
+
+
+async def test_a_connection_that_nobody_waits_for_any_more_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's time ends while the addresses that were too slow are being given up."""
+    made = socket.socket()
+
+    async def connected(address: Address) -> socket.socket:
+        if address == TWO[0]:
+            return made
+        try:
+            never: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+            return await never
+        except asyncio.CancelledError:
+            caller.cancel()
+            await asyncio.sleep(0)
+            raise
+
+    monkeypatch.setattr("backends.addresses._connected", connected)
+    caller = asyncio.create_task(connect_first([*ONE, *TWO], stagger_s=0.01))
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert made.fileno() == -1

@@ -83,7 +83,7 @@ async def test_3_whole_answers_do_not_wait_for_a_frozen_replica(tmp_path: Path, 
     ) as found:
         plain = await found.crowd.many(40, found.body(), per_s=2000)
         frozen_s = found.replicas[0].freeze()
-        await found.crowd.ended(plain)
+        await found.crowd.ended(plain, stall_s + 60.0)
         took_s = time.monotonic() - frozen_s
         found.replicas[0].thaw()
         bad = await found.judge()

@@ -261,3 +261,17 @@ def test_what_is_wrong_with_them_is_said_and_no_key_with_it(tmp_path: Path, text
     for word in words:
         assert word in str(caught.value)
     assert "sk-" not in str(caught.value)
+
+
+async def test_a_limited_key_says_nothing_of_what_the_server_takes_with_the_next_one() -> None:
+    limited, slow = "status=429;retry_after=60", "chunks=2;ttft_s=0.5"
+    async with (
+        FakeEngine() as engine,
+        serving(settings_for([engine.url], backend=with_keys(limited, slow))) as gateway,
+    ):
+        replies = await asyncio.gather(*(ask(gateway, CHAT) for _ in range(20)))
+        assert {reply.status for reply in replies} == {200}
+        (replica,) = gateway.runtime.fleet.pools["pool"].replicas
+        assert replica.meter.capacity.requests is None
+        again = await asyncio.gather(*(ask(gateway, CHAT) for _ in range(20)))
+        assert {reply.status for reply in again} == {200}

@@ -349,3 +349,25 @@ def test_a_code_that_is_no_word_is_nobodys() -> None:
     assert (
         from_status(400, [], {"code": "context_length_exceeded"}, Fault.REQUEST, 0.0).code == "context_length_exceeded"
     )
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(200, Outcome.COMPLETED), (500, Outcome.CLIENT_LEFT)])
+async def test_a_client_that_leaves_in_the_moment_that_the_answer_comes(status: int, outcome: Outcome) -> None:
+    """An answer counts, with its own usage; an error is none."""
+    async with FakeEngine(Behaviour(hang=True)) as engine, serving(settings_for([engine.url])) as gateway:
+        asking = asyncio.create_task(ask(gateway, {**STREAM, "stream": False}))
+        await engine.received(1)
+        (relay,) = gateway.runtime._relays
+        (connection,) = gateway.listener.server_state.connections
+        leg, task = relay.leg, connection._open[0].task  # type: ignore[union-attr]
+        assert leg is not None
+        task.cancel()
+        leg.on_head(status, [])
+        leg.on_data(b'{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}')
+        leg.on_end()
+        (record,) = await gateway.settled()
+        assert record.outcome is outcome
+        assert (record.usage is None) == (status != 200)
+        if record.usage is not None:
+            assert (record.usage.prompt_tokens, record.usage.completion_tokens) == (3, 4)
+        asking.cancel()

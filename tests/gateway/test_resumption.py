@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 
+from gateway.errors import StreamInterrupted
+from gateway.keys.principal import ANONYMOUS, Principal
+from gateway.leg import Leg
+from gateway.order import Call, read_order
 from gateway.record import Outcome
+from gateway.resumption import Resumption
+from gateway.verdict import Again, Verdict
 from loadtests.behaviour import Behaviour
 from loadtests.counting import counted
 from loadtests.engine import FakeEngine
 from loadtests.rawclient import Reply
+from routing.health import Evidence
 from tests.support.http import ask, streaming
 from tests.support.serving import Serving, serving, settings_for
 
@@ -205,3 +212,30 @@ async def test_the_remaining_tokens_are_what_is_left_of_them() -> None:
             body = json.loads(well.requests[0].body)
             assert (body["max_tokens"], body["seed"]) == (7, 7)
             assert body["messages"][-1] == {"role": "assistant", "content": counted(5)}
+
+
+async def test_what_a_hard_limit_bounds_goes_on_only_where_tokens_are_counted() -> None:
+    async with (
+        FakeEngine(chunks=PIECES, counting=True, cut_after=5) as ill,
+        FakeEngine(chunks=PIECES, counting=True) as well,
+        serving(settings(ill, well)) as gateway,
+    ):
+        call = Call("/v1/chat/completions", [], json.dumps(CHAT).encode(), 0.0)
+        order = read_order(call, gateway.runtime.fleet, "req_1", Principal(None, ANONYMOUS))
+        resumption = Resumption(order, 30)
+        observe = resumption.begin_leg(first=True, rival=False)
+        assert observe is not None
+        pool = gateway.runtime.fleet.pools["pool"]
+        leg = Leg(None, pool.replicas[0], [], observe)  # type: ignore[arg-type]
+        leg.passing = True
+        verdict = Verdict(StreamInterrupted("broken"), Evidence.FAILED, Again.ONCE)
+        chunk = {"id": "a", "choices": [{"index": 0, "delta": {"content": "one two"}}]}
+        observe({**chunk, "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+        assert resumption.goes_on(leg, verdict, pool) == ""
+        observe(chunk)
+        assert resumption.goes_on(leg, verdict, pool) == "uncounted"
+        free = Resumption(order, None)
+        observe = free.begin_leg(first=True, rival=False)
+        assert observe is not None
+        observe(chunk)
+        assert free.goes_on(leg, verdict, pool) == ""

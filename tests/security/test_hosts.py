@@ -170,3 +170,10 @@ def test_values_that_were_let_in_are_remembered_up_to_a_bound() -> None:
     for port in range(5000):
         assert hosts.host_problem(b"localhost:%d" % port) is None
     assert len(hosts.seen) <= 1000
+
+
+@pytest.mark.parametrize("origin", [b"null", b"tauri://localhost", b"chrome-extension://abc", b"https://evil.example"])
+def test_any_origin_is_any(origin: bytes) -> None:
+    assert HostList(["*"], own="127.0.0.1").origin_problem(origin) is None
+    for listed in ((), ["localhost", "abc"]):
+        assert HostList(listed, own="127.0.0.1").origin_problem(origin) is not None

@@ -104,6 +104,14 @@ def test_what_is_paid_for_is_not_asked_for_twice(tmp_path: Path, backend: str, h
     assert "is paid for twice; take it out" in text
 
 
+def test_answers_of_hosted_apis_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    ((path, text),) = problems(tmp_path, written(continuation=True, backend="rented"))
+    assert path == "models.chat.continuation"
+    assert "cannot go on with another's answer; take it out" in text
+    assert loaded(tmp_path, written(continuation=True, backend="mixed")).models["chat"].continuation
+    assert not loaded(tmp_path, written(continuation=False, backend="rented")).models["chat"].continuation
+
+
 def test_a_pool_with_some_rented_replicas_may_hedge_among_its_own(tmp_path: Path) -> None:
     data = written(hedge={}, backend="mixed")
     data["backends"]["mixed"]["replicas"][1]["engine"] = "openrouter"
