@@ -24,6 +24,7 @@ SAME_TARGET_BACKOFF_S = 0.25
 """Most that a request waits before it goes to the same rented address again; another of its servers may take it."""
 UNSAID_LIMIT_S = 1.0
 """How long a key is left alone that is limited, nobody says for how long, while there are others to go on with."""
+FORBIDDEN = 403
 SPREAD = 0.2
 """By how much of itself a `Retry-After` may be longer than the pause it tells of, so that not all come back at once."""
 _SICK = frozenset({Outcome.UPSTREAM_ERROR, Outcome.UPSTREAM_INTERRUPTED, Outcome.TIMEOUT})
@@ -41,6 +42,7 @@ class Attempts:
         "_avoided",
         "_backoffs",
         "_began_at",
+        "_forbidden",
         "_held",
         "_key",
         "_model",
@@ -55,6 +57,7 @@ class Attempts:
         "pause_s",
         "refunds",
         "refused",
+        "served",
         "tried",
     )
 
@@ -74,6 +77,10 @@ class Attempts:
         self._worked_on = False
         self._stale = False
         self._held: tuple[Replica, Verdict] | None = None
+        self._forbidden: tuple[tuple[Replica, Verdict, Credential], ...] = ()
+        """Refusals of one of several keys that may be the request's own doing."""
+        self.served = False
+        """An attempt after a failed one has brought the answer."""
         self._began_at = 0.0
         self._key: Credential | None = None
         self._avoided: tuple[Credential, ...] = ()
@@ -165,8 +172,18 @@ class Attempts:
             replica, verdict = self._held
             self._held = None
             self._witness.failed(replica, self._pool.replicas, verdict)
+        forbidden, self._forbidden = self._forbidden, ()
+        if len({key for _, _, key in forbidden}) > 1 and not self.served:
+            # 403 is said of prompts and models as well: one client must not be able to have all keys left unused.
+            logger.info("a request was forbidden with %d keys; it is blamed, and they are not", len(forbidden))
+            return
+        for replica, verdict, key in forbidden:
+            self._witness.failed(replica, self._pool.replicas, verdict, key)
 
     def _blame(self, replica: Replica, verdict: Verdict) -> None:
+        if verdict.credential_refused == FORBIDDEN and self._key is not None:
+            self._forbidden = (*self._forbidden, (replica, verdict, self._key))
+            return
         if verdict.answered and self._held is None:
             self._held = (replica, verdict)
         elif verdict.answered:

@@ -134,6 +134,7 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
             else:
                 upstream, whole, verdict = await hedged(asking, leg, upstream, decision, now, story)
             if verdict is None:
+                story.served = True
                 if whole is None:
                     reply.finish()
                 else:

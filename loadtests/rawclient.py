@@ -44,7 +44,9 @@ class Reply:
 
 def request_bytes(body: Any, path: str = "/v1/chat/completions", headers: str = "", method: str = "POST") -> bytes:
     data = json.dumps(body).encode() if body is not None else b""
-    return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n{headers}content-length: {len(data)}\r\n\r\n".encode() + data
+    return (
+        f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n{headers}content-length: {len(data)}\r\n\r\n".encode() + data
+    )
 
 
 async def open_to(engine: FakeEngine) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

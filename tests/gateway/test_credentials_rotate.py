@@ -275,3 +275,27 @@ async def test_a_limited_key_says_nothing_of_what_the_server_takes_with_the_next
         assert replica.meter.capacity.requests is None
         again = await asyncio.gather(*(ask(gateway, CHAT) for _ in range(20)))
         assert {reply.status for reply in again} == {200}
+
+
+async def test_a_prompt_that_is_forbidden_with_every_key_puts_none_aside() -> None:
+    async with (
+        FakeEngine() as engine,
+        serving(settings_for([engine.url], backend=with_keys("chunks=2", "chunks=3", "chunks=4"))) as gateway,
+    ):
+        forbidden = {**CHAT, "fake": {"status": 403}}
+        for _ in range(6):
+            assert (await ask(gateway, forbidden)).status == 502
+        now = time.monotonic()
+        assert all(now >= key.until for key in ring(gateway).keys)
+        assert (await ask(gateway, CHAT)).status == 200
+
+
+async def test_a_key_that_is_forbidden_what_another_may_is_put_aside() -> None:
+    async with (
+        FakeEngine() as engine,
+        serving(settings_for([engine.url], backend=with_keys("status=403", "status=403;chunks=3", GOOD))) as gateway,
+    ):
+        for _ in range(3):
+            assert (await ask(gateway, CHAT)).status == 200
+        now = time.monotonic()
+        assert [now < key.until for key in ring(gateway).keys] == [True, True, False]
