@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import secrets
 import time
+from collections import Counter
 from collections.abc import Coroutine, Mapping
 from random import Random
 from typing import Any, Protocol
@@ -103,6 +104,8 @@ class Runtime:
         self.overflow = Overflow(settings, self.gate, lambda: self.fleet)
         self.fallbacks = Fallbacks(settings, lambda: self.fleet, self.overflow)
         self.body_budget = ByteBudget(settings.server.max_in_flight_bytes)
+        self.connections_of: Counter[str] = Counter()
+        """Clients' connections by address, where those of one are limited."""
         self.overload = Overload(settings.overload, self.body_budget, Random())
         """What is refused so that the worker does not run out of something; samples once it is started."""
         self.hosts: HostList | None = hosts_of(settings)

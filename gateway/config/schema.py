@@ -97,6 +97,14 @@ class Server(Section):
         description="Client connections open at once. 10000 idle ones fit in a small machine's memory; "
         "raise the limit of open files with it.",
     )
+    max_connections_per_address: Whole | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Client connections open at once from one address (of IPv6, one /64). Null: no such limit, since "
+        "behind a load balancer everybody has one address.",
+        examples=[256],
+    )
     max_in_flight_bytes: Whole = Field(
         default=536_870_912,
         ge=1024,

@@ -26,6 +26,7 @@ from gateway.edges.guards import head_problem, refusal_bytes
 from gateway.edges.socket_reply import SocketReply
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, Overloaded, RequestTimeout
 from gateway.exchange import serve
+from gateway.keys.failures import network_of
 from gateway.order import INFERENCE_PATHS, Call
 from gateway.runtime import Runtime
 
@@ -67,6 +68,8 @@ class GatewayProtocol(HttpToolsProtocol):
         """Since when the client has not read what waits for it."""
         self.unsent_bytes = 0
         """What waited for it when the sweep last came by."""
+        self._counted = ""
+        """The address that this connection counts for, where connections of one address are limited."""
         self._open: deque[Any] = deque()
         """The requests not yet answered, in order: `SocketReply` or uvicorn's cycle. The first is being answered."""
         self._hot = self.limits.edge == "protocol"
@@ -92,8 +95,26 @@ class GatewayProtocol(HttpToolsProtocol):
         if len(self.connections) > (self.runtime.overload.max_connections or self.limits.max_connections):
             self._refuse(Overloaded("This gateway has as many connections as it takes.", retry_after_s=1.0))
             self.transport.close()
+        elif self.limits.max_connections_per_address is not None and self.client is not None:
+            self._count(network_of(self.client[0]), self.limits.max_connections_per_address)
+
+    def _count(self, network: str, limit: int) -> None:
+        """One more connection of this address, if it may have another one."""
+        counts = self.runtime.connections_of
+        if counts[network] >= limit:
+            self._refuse(Overloaded("Your address has as many connections as it may.", retry_after_s=1.0))
+            self.transport.close()
+            return
+        counts[network] += 1
+        self._counted = network
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._counted:
+            counts = self.runtime.connections_of
+            counts[self._counted] -= 1
+            if not counts[self._counted]:
+                del counts[self._counted]
+            self._counted = ""
         self.expires_at = inf
         self.stalled_since = None
         super().connection_lost(exc)

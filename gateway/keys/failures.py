@@ -29,7 +29,7 @@ class FailedKeys:
 
     def take(self, address: str, now: float) -> float:
         """One more has failed at `now` (monotonic seconds). Seconds until the next may; 0: this one is told why."""
-        place = _place(address)
+        place = network_of(address)
         tokens, at = self._buckets.pop(place, (self._burst, now))
         tokens = min(self._burst, tokens + (now - at) * self._per_s)
         if len(self._buckets) >= MAX_ADDRESSES:
@@ -41,7 +41,8 @@ class FailedKeys:
         return 0.0
 
 
-def _place(address: str) -> str:
+def network_of(address: str) -> str:
+    """The address, or the /64 of one of IPv6, where one machine has that many."""
     if ":" not in address:
         return address
     try:

@@ -343,6 +343,23 @@ async def test_more_connections_than_allowed_are_told_so(edge: str) -> None:
 
 
 @both_edges
+async def test_one_address_has_no_more_connections_than_it_may(edge: str) -> None:
+    async with FakeEngine() as engine, gateway_of(engine, edge, max_connections_per_address=2) as gateway:
+        counts = gateway.runtime.connections_of
+        async with contextlib.AsyncExitStack() as held:
+            for _ in range(2):
+                await held.enter_async_context(connect(gateway.host, gateway.port))
+            await until(lambda: counts.total() == 2)
+            async with connect(gateway.host, gateway.port) as third:
+                reply = await Talk(engine, gateway, third).refused(503)
+                assert "Your address" in reply.json["error"]["message"]
+        await until(lambda: not counts)
+        async with connect(gateway.host, gateway.port) as again:
+            await again.send(post(CHAT, ASK))
+            assert (await again.reply()).status == 200
+
+
+@both_edges
 async def test_more_request_bytes_than_fit_are_refused_until_others_are_done(edge: str) -> None:
     filler = {**ASK, "user": "a" * 3000}
     async with FakeEngine(hang=True) as engine, gateway_of(engine, edge, max_in_flight_bytes=4096) as gateway:
