@@ -134,7 +134,7 @@ def test_addresses_are_bounded_and_the_quietest_makes_room() -> None:
 
 
 def test_an_ipv6_network_counts_as_one_address() -> None:
-    place = failures._place
+    place = failures.network_of
     assert place("2001:db8::1") == place("2001:db8::ffff:1:2") != place("2001:db8:0:1::1")
     assert place("::ffff:10.0.0.1") == "10.0.0.1"
     assert place("fe80::1%eth0") == place("fe80::2")
