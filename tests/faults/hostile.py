@@ -34,7 +34,8 @@ class Holder(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         if not self._reads:
-            self.transport.pause_reading()
+            # Not at once: up to CPython 3.11.2 the transport begins to read after this, paused or not.
+            asyncio.get_running_loop().call_soon(self.transport.pause_reading)
         self.made_s = time.monotonic()
         self.send(self._message)
 
