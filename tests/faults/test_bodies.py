@@ -73,7 +73,7 @@ async def test_30_bodies_of_100_megabytes(tmp_path: Path, report: Report) -> Non
             f"{shorter[0]}; peak + {watch.grown_mb:.1f} MB; {reached} reached one",
             (declared[0], insisting[0], chunked[0], shorter[0]) == (413, 413, 413, 408)
             and longer[0] in (0, 400)  # 0: its answer was under way, so that there was no place for another
-            and chunked[1] <= LIMIT + 16 * MB  # what the sockets on the way hold; what counts is the memory, below
+            and chunked[1] <= LIMIT + 48 * MB  # the kernel takes up to 32 MB that nobody reads any more
             and watch.grown_mb <= 2 * LIMIT / MB + 4
             and reached == 0
             and completed(beside) == len(beside)
