@@ -91,11 +91,6 @@ class Relay:
         self._hold_deadline = exchange.started_at + timing.hold_s
         self._last_write_at = exchange.started_at
 
-    @property
-    def completed(self) -> bool:
-        """The model server's answer has come whole; in a stream, up to its `[DONE]`."""
-        return self.leg is not None and self.leg.completed
-
     def open(self) -> None:
         """Start the deadlines; `close` stops them."""
         self._reply.on_pause = self._pause

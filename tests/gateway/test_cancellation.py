@@ -309,7 +309,7 @@ async def test_an_answer_that_came_before_the_client_left_counts_as_complete(str
         runtime = gateway.runtime
         task = asyncio.create_task(serve(Call(CHAT, [], body, time.monotonic()), KeptReply(), runtime))
         async with asyncio.timeout(5.0):
-            while not any(relay.completed for relay in runtime._relays):  # noqa: ASYNC110 - not one turn later
+            while not any(relay.leg is not None and relay.leg.completed for relay in runtime._relays):  # noqa: ASYNC110 - not one turn later
                 await asyncio.sleep(0)
         assert not task.done()
         task.cancel()
