@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from types import TracebackType
 
 import hiredis
 
+from tests.support.passing_on import PassingOn
 
-class RedisProxy:
+
+class RedisProxy(PassingOn):
     """Listens on a free port of 127.0.0.1. All settings may be changed while it runs."""
 
     def __init__(self, host: str, port: int) -> None:
+        super().__init__()
         self._target = (host, port)
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.port = 0
         self.connections = 0
         """Accepted so far."""
         self.delay_s = 0.0
@@ -48,22 +46,6 @@ class RedisProxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        await asyncio.sleep(0.01)  # connections accepted just now begin to be served, and are known then
-        self.cut()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def cut(self) -> None:
-        """Close all connections as a broken network does, without a farewell."""
-        for writer in tuple(self._writers):
-            writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._server is None or not self._server.is_serving():

@@ -13,17 +13,18 @@ import asyncio
 import contextlib
 import socket
 import struct
-from types import TracebackType
+
+from tests.support.passing_on import PassingOn
 
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
-class TcpProxy:
+class TcpProxy(PassingOn):
     """Listens on a free port of 127.0.0.1 and passes on to `host` and `port`."""
 
     def __init__(self, host: str, port: int) -> None:
+        super().__init__()
         self.target = (host, port)
-        self.port = 0
         self.accepted = 0
         """Connections so far."""
         self.delay_s = 0.0
@@ -34,9 +35,6 @@ class TcpProxy:
         self.swallow_answers = False
         self.refusing = False
         """New connections are reset at once."""
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
@@ -51,22 +49,6 @@ class TcpProxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        await asyncio.sleep(0.01)  # connections accepted just now begin to be served, and are known then
-        self.cut()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def cut(self) -> None:
-        """Close all connections, with FIN where everything was read."""
-        for writer in tuple(self._writers):
-            writer.transport.abort()
 
     def reset(self) -> None:
         """RST to both ends of all connections."""
