@@ -92,7 +92,7 @@ soak: $(VENV)/.ready-dev ## ten minutes of everything that goes wrong at once, a
 fuzz: $(VENV)/.ready-dev ## every parser fuzzed for a minute, and thousands of requests from the OpenAPI document (20 minutes; SECONDS=60)
 	@set -e; for name in $$($(py) -c 'from tests.fuzz.run import NAMES; print(*NAMES)'); do \
 	    echo "== $$name"; $(py) -m tests.fuzz.run $$name --seconds $(or $(SECONDS),60) --corpus .fuzz/$$name; done
-	@TESTS_LONG=1 $(py) -m pytest tests/security/test_openapi_fuzz.py $(ARGS)
+	@TESTS_LONG=1 $(py) -m pytest tests/security/test_openapi_fuzz.py -o faulthandler_timeout=900 $(ARGS)
 
 audit: $(AUDIT_VENV)/.ready-audit ## known vulnerabilities in everything that is locked (asks the package index)
 	@$(AUDIT_VENV)/bin/python scripts/audit.py $(ARGS)
@@ -102,7 +102,7 @@ sbom: $(AUDIT_VENV)/.ready-audit ## what a release contains, as CycloneDX JSON: 
 
 test-engines: $(VENV)/.ready-dev ## the tests on real engines, SGLang and vLLM on the CPU included (a large install, minutes)
 	@$(py) -m tests.engines.install
-	@$(py) -m pytest tests/engines -m engine $(ARGS)
+	@$(py) -m pytest tests/engines -m engine -o faulthandler_timeout=900 $(ARGS)
 
 lock: $(VENV)/.ready-dev ## rewrite requirements/*.txt (ARGS='--upgrade' moves to the newest versions)
 	@$(py) -m pip --disable-pip-version-check install --quiet 'uv==0.13.9'

@@ -116,9 +116,21 @@ def serve(launch: Launch) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         # Not sys.exit: tearing the server down waits for its open streams.
         signal.signal(number, lambda *_: os._exit(0))
-    print(f"{LISTENING}{server.listening_address}", flush=True)
+    stay(f"{LISTENING}{server.listening_address}")
+
+
+def stay(announcement: str) -> NoReturn:
+    """Print a line and run nothing but the handlers of signals, of which none that comes after the line is missed.
+
+    Python runs a handler between two of its own instructions: one for a signal that comes just before the system call
+    of `signal.pause`, or on another thread, would wait there for the next signal. A byte in a pipe is never too early.
+    """
+    awake, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    print(announcement, flush=True)
     while True:
-        signal.pause()
+        os.read(awake, 1)
 
 
 def parse(argv: Sequence[str]) -> Launch:

@@ -107,7 +107,7 @@ def preamble(long: bool, lines: Sequence[Line]) -> str:
 
 
 def run(results: Path, long: bool, arguments: list[str]) -> int:
-    command = [sys.executable, "-m", "pytest", "tests/faults", *arguments]
+    command = [sys.executable, "-m", "pytest", "tests/faults", "-o", "faulthandler_timeout=900", *arguments]
     environ = {**os.environ, "FAULTS_RESULTS": str(results), "FAULTS_LONG": "1" if long else "0"}
     return subprocess.run(command, cwd=ROOT, env=environ, timeout=WITHIN_S, check=False).returncode
 

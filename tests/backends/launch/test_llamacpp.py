@@ -83,7 +83,33 @@ def test_signal_ends_a_replica_cleanly(number: signal.Signals) -> None:
     assert model is not None
     command = replace(Launch(model=model, alias="chat"), ctx=512, slots=1).command()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith(LISTENING)
-        process.send_signal(number)
-        assert process.wait(5) == 0
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(LISTENING)
+            process.send_signal(number)
+            assert process.wait(5) == 0
+        finally:
+            process.kill()  # or leaving the block would wait for it
+
+
+def test_signal_that_comes_before_the_wait_is_not_missed() -> None:
+    """The handler of a signal that came on another thread, or just before the system call, runs all the same."""
+    script = """
+import os, signal, threading, time
+from backends.launch import llamacpp
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the main thread: another has to take it
+def other():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    time.sleep(60)
+threading.Thread(target=other, daemon=True).start()
+llamacpp.stay("here")
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "here\n"
+            process.terminate()
+            assert process.wait(5) == 0
+        finally:
+            process.kill()

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import xllamacpp
 
-from backends.launch.llamacpp import Launch, parameters, parse
+from backends.launch.llamacpp import Launch, parameters, parse, stay
 
 
 def serve(launch: Launch, adapters: Sequence[str]) -> NoReturn:
@@ -33,9 +33,7 @@ def serve(launch: Launch, adapters: Sequence[str]) -> NoReturn:
     params.lora_adapters = loras
     server = xllamacpp.Server(params)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    print(f"listening {server.listening_address}", flush=True)
-    while True:
-        signal.pause()
+    stay(f"listening {server.listening_address}")
 
 
 def main(argv: Sequence[str]) -> NoReturn:
