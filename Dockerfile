@@ -33,4 +33,4 @@ EXPOSE 7400 7401
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 CMD ["tidegate", "health", "--config", "/etc/tidegate/tidegate.yaml"]
 ENTRYPOINT ["tidegate"]
-CMD ["serve", "--config", "/etc/tidegate/tidegate.yaml"]
+CMD ["serve", "--config", "/etc/tidegate/tidegate.yaml", "--log-format", "auto"]

@@ -28,7 +28,7 @@ setup := PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 # Ports travel as the environment overrides that every Tidegate command reads.
 ports := $(if $(PORT),TIDEGATE_SERVER__PORT='$(PORT)') $(if $(ADMIN_PORT),TIDEGATE_ADMIN__PORT='$(ADMIN_PORT)')
 
-.PHONY: help run test check bench load faults soak fuzz audit sbom test-engines lock clean format
+.PHONY: help run test check bench load faults soak fuzz screenshots audit sbom test-engines lock clean format
 
 help: ## this list
 	@echo 'Targets:'
@@ -59,6 +59,9 @@ endif
 
 test: $(VENV)/.ready-dev ## every test, a short one on a real engine included (ARGS='-k name')
 	@PYTHON='$(py)' JOBS='$(JOBS)' scripts/test.sh $(ARGS)
+
+screenshots: $(VENV)/.ready-dev ## the pictures of the dashboard in docs/images, from the tests that look at every page
+	@CHROMIUM="$$(PYTHON='$(py)' scripts/browser.sh)" SCREENSHOTS=docs/images $(py) -m pytest -q tests/dashboard/test_every_page.py
 
 check: $(VENV)/.ready-dev ## formatting, lint, types, import direction
 	$(VENV)/bin/ruff format --check .

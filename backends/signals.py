@@ -15,6 +15,7 @@ LOAD = "load"
 ADAPTERS = "adapters"
 INFO = "info"
 KV_EVENTS = "kv_events"
+GPUS = "gpus"
 
 
 class Signals:

@@ -18,6 +18,7 @@ from typing import Any
 from backends.dialects import Dialect
 from backends.dialects.protocol import Adapter, EngineInfo, NotOffered
 from backends.errors import UpstreamError
+from backends.gpus import Gpu
 from backends.http1 import Headers
 from backends.origin import Origin
 from backends.pool import ConnectionPool
@@ -79,6 +80,8 @@ class Upstream:
         """What the configuration says of how many it holds at once; None leaves that to the engine."""
         self.info: EngineInfo | None = None
         """What it said it is; None until it was asked."""
+        self.gpus: tuple[Gpu, ...] = ()
+        """What it runs on, where an exporter that says so is configured."""
         self._learning: asyncio.Task[None] | None = None
         self.counts_work = False
         """Whether its load reports have counters of the work it does, so that silence need not mean that it hangs."""

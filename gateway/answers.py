@@ -22,6 +22,8 @@ _BEFORE_CONTENT = frozenset({Outcome.REJECTED, Outcome.UPSTREAM_REJECTED, Outcom
 def reply_headers(exchange: Exchange, content: Headers) -> Headers:
     """The reply's headers: what the content is, and how it came about."""
     headers = [*content, (b"x-request-id", exchange.request_id.encode()), *exchange.admission_headers]
+    if exchange.traced is not None:
+        headers += exchange.traced.reply_headers()
     _add_route(headers, exchange)
     if exchange.stream:
         headers += ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
@@ -92,6 +94,8 @@ def refuse(error: GatewayError, relay: Relay | None, reply: Reply, exchange: Exc
         *error.headers(),
         *exchange.admission_headers,
     ]
+    if exchange.traced is not None:
+        headers += exchange.traced.reply_headers()
     if exchange.replica:
         _add_route(headers, exchange)
     reply.send(error.status, headers, error.body())

@@ -15,6 +15,7 @@ from gateway.edges.asgi import InferenceEndpoint
 from gateway.error_replies import ERROR_HANDLERS
 from gateway.errors import ModelNotFound
 from gateway.fleet import ModelRoute
+from gateway.inspection.front import playground_routes
 from gateway.keys.directory import Freshness
 from gateway.keys.principal import Principal, may_use
 from gateway.openapi import document
@@ -37,6 +38,7 @@ def build_app(runtime: Runtime) -> ASGIApp:
         GuardedRoute("/readyz", api.readyz, Who.ANYONE, methods=["GET"]),
         GuardedRoute("/openapi.json", api.openapi, Who.ANYONE, methods=["GET"]),
     ]
+    routes += playground_routes(runtime)
     app = Starlette(
         routes=guarded(routes),
         exception_handlers=ERROR_HANDLERS,

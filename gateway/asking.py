@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from backends.dialects.protocol import Untranslatable, Wish
 from backends.errors import HeadTimeout, IdleTimeout, UpstreamError
 from backends.http1 import Connection
 from backends.side import SideChannelError
 from backends.upstream import Upstream
-from gateway import usage
+from backends.usage import Usage
+from gateway import record, usage
 from gateway.adapters import AdapterAway
 from gateway.answers import note_whole, reply_headers
 from gateway.attempt_metrics import AttemptMetrics
 from gateway.body import Body
 from gateway.bounds import bounding
-from gateway.errors import Draining, GatewayError, InvalidRequest, UpstreamFailed, UpstreamTimeout, let_go
+from gateway.errors import (
+    Draining,
+    EndedByOperator,
+    GatewayError,
+    InternalError,
+    InvalidRequest,
+    UpstreamFailed,
+    UpstreamTimeout,
+    let_go,
+)
 from gateway.leg import Leg, Outrun, UpstreamReply
 from gateway.order import EMBEDDINGS, Call, Order
-from gateway.record import Exchange, FailedAttempt
+from gateway.record import Attempt, Exchange
 from gateway.relay import Relay
 from gateway.reply import Headers
 from gateway.resumption import Resumption
 from gateway.runtime import Runtime
 from gateway.spill import SPILLED
+from gateway.telemetry.context import new_span_id
 from gateway.upstream_errors import error_in_answer
 from gateway.verdict import Again, Verdict, of_connection, of_question, of_relay, of_reply, refused_field
 from routing.types import Decision, Replica
@@ -36,6 +48,8 @@ from routing.types import Decision, Replica
 _EVENT_STREAM: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
 POOL_WAIT_S = 1.0
 """How long to wait for a free connection to a replica that has as many as it may."""
+_GIVEN_UP = (asyncio.CancelledError, UpstreamTimeout, Draining, EndedByOperator, HeadTimeout, IdleTimeout, Outrun)
+"""After these an engine that was asked is told that nobody waits any more."""
 OUTRUN = Verdict(UpstreamTimeout("Another replica was quicker."), None, Again.NEVER)
 """Of the slower attempt of a hedged request."""
 
@@ -64,6 +78,10 @@ class Asking:
         """Why the answer broke off that is being gone on with."""
         return None if self.resumption is None else self.resumption.error
 
+    def explains(self, now: float, tried: Sequence[Replica], decision: Decision, beside: Upstream) -> None:
+        """Keep why a second replica is asked `beside` another one, where it is kept why that one was."""
+        self._runtime.explaining.take(self.order, now, [*tried, beside.replica], decision)
+
     async def attempt(
         self, leg: Leg, upstream: Upstream, decision: Decision, now: float
     ) -> tuple[UpstreamReply | None, Verdict | None]:
@@ -77,6 +95,8 @@ class Asking:
         whole: UpstreamReply | None = None
         verdict: Verdict | None = None
         with replica.reserve(order.request):
+            if order.route.shadow is not None and self.relay.exchange.attempts == 1:
+                order.route.shadow.sees(order.request, order.route.pool, replica, now)
             router.dispatched(order.request, replica, now, decision)
             try:
                 whole = await self._ask(leg, upstream)
@@ -89,8 +109,8 @@ class Asking:
                 let_go(error)
             except Outrun:
                 verdict = OUTRUN
-            except BaseException:  # the client has left, mostly
-                self._tell_of_departure(leg)
+            except BaseException as error:  # the client has left, mostly
+                self._tell_of_departure(leg, error)
                 raise
         if verdict is None:
             self._tell_router(leg, upstream)
@@ -100,18 +120,15 @@ class Asking:
         return whole, verdict
 
     def _note_failure(self, leg: Leg, verdict: Verdict) -> None:
-        exchange = self.relay.exchange
         self.may_be_billed |= verdict.may_be_billed
-        sent_at = leg.dispatched_at or time.monotonic()
-        sent_ms, took_ms = (sent_at - exchange.started_at) * 1000, (time.monotonic() - sent_at) * 1000
-        failed = FailedAttempt(leg.replica.name, verdict.error.code or "", round(sent_ms, 3), round(took_ms, 3))
-        exchange.failures += (failed,)
+        leg.attempt.ended_at = time.monotonic()
+        leg.attempt.code = record.OUTRUN if verdict is OUTRUN else verdict.error.code or verdict.error.type
 
     def _tell_router(self, leg: Leg, upstream: Upstream) -> None:
         """The answer is complete: what it has shown of the engine's cache and speed."""
         order = self.order
         route, used = order.route, self.relay.exchange.usage if leg.reader is None else leg.reader.usage
-        now = time.monotonic()
+        now = leg.attempt.ended_at = time.monotonic()
         if used is None or (self.resumption is not None and self.resumption.begun):
             route.router.finished(order.request, upstream.replica, now)
             return
@@ -124,17 +141,47 @@ class Asking:
             output_tokens=used.completion_tokens,
         )
         route.reader.learn(order.request, used.prompt_tokens)
+        self._note_traffic(leg, used, now)
         if order.path != EMBEDDINGS:
             upstream.signals.saw_usage(used.cached_tokens)
 
-    def _tell_of_departure(self, leg: Leg) -> None:
+    def _note_traffic(self, leg: Leg, used: Usage, now: float) -> None:
+        request, attempt = self.order.request, leg.attempt
+        if request.adapter is None:
+            self._runtime.traffic.note(
+                (
+                    attempt.begun_at,
+                    self.order.route.model,
+                    request.prefix,
+                    used.prompt_tokens,
+                    used.cached_tokens,
+                    used.completion_tokens,
+                    request.priority,
+                    attempt.first_content_at,
+                    now,
+                    attempt.replica,
+                )
+            )
+
+    def _tell_of_departure(self, leg: Leg, error: BaseException) -> None:
         """The client has left. Before any content that says nothing of the replica: patience is no time to first
         token."""
         order, now = self.order, time.monotonic()
+        leg.attempt.ended_at = now
+        if not leg.completed:
+            leg.attempt.code = self._code_of_departure(leg, error)
         if leg.passing:
             order.route.router.finished(order.request, leg.replica, now)
         else:
             order.route.router.failed(order.request, leg.replica, now, blamed=False)
+
+    def _code_of_departure(self, leg: Leg, error: BaseException) -> str:
+        """The client has left, or the other of a hedged pair has brought the whole answer meanwhile; or a defect."""
+        if isinstance(error, Exception):
+            return InternalError.code or ""
+        other = self.relay.leg
+        won = other is not None and other is not leg and other.attempt.ended_at is not None and not other.attempt.code
+        return record.OUTRUN if won else record.LEFT
 
     def _verdict_of(self, whole: UpstreamReply, upstream: Upstream) -> Verdict | None:
         """What is wrong with a whole answer; None: nothing."""
@@ -179,11 +226,15 @@ class Asking:
                 for name in (*upstream.signals.refused_fields, *left_out):
                     values.pop(name, None)
             text = body.with_values(values) if prepared.body is None else prepared.body
-            data = upstream.request(prepared.path, text, order.request.id, order.passed_on, leg.key)
+            traced = exchange.traced
+            passed_on = order.passed_on
+            if traced is not None:
+                passed_on = traced.headers(leg.attempt.span_id, hosted=upstream.hosted)
+            data = upstream.request(prepared.path, text, order.request.id, passed_on, leg.key)
             connection = upstream.pool.acquire_nowait() or await self._connect(upstream)
             try:
                 whole = await leg.run(connection, data, translation=prepared.translation, read_usage=dialect.read_usage)
-            except (asyncio.CancelledError, UpstreamTimeout, Draining, HeadTimeout, IdleTimeout, Outrun):
+            except _GIVEN_UP:
                 if leg.dispatched_at and not leg.completed:
                     runtime.abort(upstream, wish.request_id)
                 raise
@@ -247,11 +298,15 @@ class Asking:
             raise self._out_of_time() from error
 
 
-def begin_leg(asking: Asking, replica: Replica, decision: Decision, *, rival: bool = False) -> Leg:
+def begin_leg(asking: Asking, replica: Replica, decision: Decision, now: float, *, rival: bool = False) -> Leg:
     """Take note of where the request goes, and open the way back from there. `rival`: beside the one under way."""
     relay = asking.relay
     exchange = relay.exchange
     exchange.attempts += 1
+    attempt = Attempt(replica.pool, replica.name, decision.reason, now)
+    if exchange.traced is not None:
+        attempt.span_id = new_span_id()
+    exchange.tries += (attempt,)
     exchange.possible_duplicate |= asking.may_be_billed
     note_choice(exchange, replica, decision)
     headers = reply_headers(exchange, _EVENT_STREAM) if exchange.stream else []
@@ -259,12 +314,13 @@ def begin_leg(asking: Asking, replica: Replica, decision: Decision, *, rival: bo
     if asking.resumption is not None:
         observe = asking.resumption.begin_leg(first=relay.leg is None, rival=rival)
     if rival:
-        return relay.begin_rival(replica, headers, observe)
-    return relay.begin(replica, headers, observe)
+        return relay.begin_rival(replica, attempt, headers, observe)
+    return relay.begin(replica, attempt, headers, observe)
 
 
 def note_choice(exchange: Exchange, replica: Replica, decision: Decision) -> None:
     """Who is asked, and why."""
+    exchange.pool = replica.pool
     exchange.replica = replica.name
     exchange.region = replica.region
     exchange.route_reason = SPILLED if exchange.spill else decision.reason

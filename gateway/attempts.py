@@ -9,6 +9,7 @@ from backends.upstream import Upstream
 from gateway.answers import none_left
 from gateway.errors import GatewayError
 from gateway.fleet import Pool
+from gateway.logs import about
 from gateway.record import Outcome
 from gateway.verdict import Again, Verdict
 from gateway.watch.witness import Witness
@@ -48,6 +49,7 @@ class Attempts:
         "_model",
         "_pool",
         "_repeats",
+        "_request_id",
         "_retries",
         "_stale",
         "_witness",
@@ -61,11 +63,12 @@ class Attempts:
         "tried",
     )
 
-    def __init__(self, pool: Pool, witness: Witness, model: str) -> None:
+    def __init__(self, pool: Pool, witness: Witness, model: str, request_id: str) -> None:
         """`model`: what the routing request calls it, by which rate limits are kept."""
         self._pool = pool
         self._witness = witness
         self._model = model
+        self._request_id = request_id
         self._retries = pool.retries
         self.tried: list[Replica] = []
         self.counted = 0
@@ -175,7 +178,7 @@ class Attempts:
         forbidden, self._forbidden = self._forbidden, ()
         if len({key for _, _, key in forbidden}) > 1 and not self.served:
             # 403 is said of prompts and models as well: one client must not be able to have all keys left unused.
-            logger.info("a request was forbidden with %d keys; it is blamed, and they are not", len(forbidden))
+            self._log("was forbidden with %d keys; it is blamed, and they are not", len(forbidden))
             return
         for replica, verdict, key in forbidden:
             self._witness.failed(replica, self._pool.replicas, verdict, key)
@@ -188,7 +191,7 @@ class Attempts:
             self._held = (replica, verdict)
         elif verdict.answered:
             self._held = None
-            logger.info("a request failed at two replicas, %s the second; it is blamed, and they are not", replica.name)
+            self._log("failed at two replicas, %s the second; it is blamed, and they are not", replica.name)
         else:
             self._witness.failed(replica, self._pool.replicas, verdict, self._key)
 
@@ -222,7 +225,11 @@ class Attempts:
             replica.name if who == "replica" else where,
             self._model,
             until - now,
+            extra=about(self._request_id),
         )
+
+    def _log(self, text: str, value: object) -> None:
+        logger.info(f"request %s {text}", self._request_id, value, extra=about(self._request_id))
 
     def _rotates(self, upstream: Upstream, verdict: Verdict, now: float) -> bool:
         """Whether the same replica can be asked with another key."""

@@ -13,8 +13,13 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from gateway.commands.account_options import add_accounts, add_cost, add_limits
+from gateway.commands.audit_options import add_audit
+from gateway.commands.overview_options import add_overview
+from gateway.commands.request_options import add_requests
+from gateway.commands.steering_options import add_steering
 from gateway.keys.options import add_commands
 from gateway.logs import LOG_FORMATS, LOG_LEVELS, configure
 from gateway.version import tidegate_version
@@ -49,19 +54,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "schema":
             return _schema()
         case "openapi":
-            return _openapi()
+            return _openapi(options.admin)
         case "check":
-            return _check(options.file, options.json, _settings_environ(os.environ))
+            return _check(options, _settings_environ(os.environ))
         case "health":
             return _health(options, os.environ)
         case "replicas" | "drain" | "undrain" | "adapters":
             from gateway import operate
 
             return operate.run(options, os.environ)
+        case "overview":
+            from gateway.commands import overview
+
+            return overview.run(options, os.environ)
         case "explain":
             from gateway import explain_command
 
             return explain_command.run(options, os.environ)
+        case "audit":
+            from gateway.commands import audit
+
+            return audit.run(options, os.environ)
+        case "requests":
+            from gateway.commands import requests
+
+            return requests.run(options, os.environ)
+        case "limits":
+            from gateway.commands import limits
+
+            return limits.run(options, os.environ)
+        case "cost":
+            from gateway.commands import cost
+
+            return cost.run(options, os.environ)
+        case "accounts":
+            from gateway.commands import accounts
+
+            return accounts.run(options, os.environ)
+        case "weight" | "price" | "policy" | "reload" | "config":
+            from gateway.commands import steering
+
+            return steering.run(options, os.environ)
         case "keys" | "tenants":
             from gateway.keys import commands
 
@@ -93,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a configuration file and say what is wrong with it")
     check.add_argument("file", type=Path)
     check.add_argument("--json", action="store_true", help="report as JSON")
+    check.add_argument("--origins", action="store_true", help="say where each value comes from that is no default")
     health = commands.add_parser("health", help="ask a running gateway whether it is ready; exit code 0 or 1")
     where = health.add_mutually_exclusive_group()
     where.add_argument("--url", help="where it is, e.g. http://127.0.0.1:7400 or http+unix://%%2Frun%%2Ftidegate.sock")
@@ -101,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     _operators_options(commands)
     add_commands(commands)
     commands.add_parser("schema", help="print the JSON Schema of the configuration file")
-    commands.add_parser("openapi", help="print the OpenAPI document of the API that clients use")
+    openapi = commands.add_parser("openapi", help="print the OpenAPI document of the API that clients use")
+    openapi.add_argument("--admin", action="store_true", help="of the one that operators use instead")
     shown = commands.add_parser("version", help="print the version")
     shown.add_argument("--json", action="store_true", help="report as JSON")
     # Only listed here: these two read their own options, and `tidegate demo --help` prints them.
@@ -116,7 +151,12 @@ def _serve_options(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--uds", metavar="PATH", help="listen on this Unix socket instead of a port")
     serve.add_argument("--host", help="instead of server.host")
     serve.add_argument("--port", type=int, help="instead of server.port")
-    serve.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="text (default) or JSON lines")
+    serve.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="auto",
+        help="text, json lines, or auto (default): text on a terminal, else JSON",
+    )
     serve.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="what is logged (default info)")
     # How the supervisor starts its workers.
     serve.add_argument("--worker-index", type=int, default=0, help=argparse.SUPPRESS)
@@ -141,6 +181,13 @@ def _operators_options(commands: argparse._SubParsersAction[argparse.ArgumentPar
     undrain = commands.add_parser("undrain", parents=[of_admin], help="give a drained replica work again")
     undrain.add_argument("replica", type=_replica, metavar="POOL/REPLICA")
     _explain_options(commands.add_parser("explain", parents=[of_admin], help="show where a request would go, and why"))
+    add_overview(commands.add_parser("overview", parents=[of_admin], help="show if all is well, and where it is not"))
+    add_limits(commands.add_parser("limits", parents=[of_admin], help="show limits and what is left of them"))
+    add_cost(commands.add_parser("cost", parents=[of_admin], help="show what was used and what it cost"))
+    add_accounts(commands.add_parser("accounts", help="keys, tenants, budgets of a running gateway"), of_admin)
+    add_requests(commands.add_parser("requests", help="show requests under way and past ones, and end one"), of_admin)
+    add_steering(commands, of_admin, _replica)
+    add_audit(commands.add_parser("audit", parents=[of_admin], help="show who did what, and whether that is all"))
     adapters = commands.add_parser("adapters", help="show, load and unload LoRA adapters")
     actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
     shown = actions.add_parser("list", parents=[of_admin], help="show what the replicas hold")
@@ -240,21 +287,24 @@ def _schema() -> int:
     return 0
 
 
-def _openapi() -> int:
-    from gateway.openapi import document
+def _openapi(admin: bool) -> int:
+    if admin:
+        from gateway.admin.offline import offline_document as document
+    else:
+        from gateway.openapi import document
 
     print(json.dumps(document(), indent=2))
     return 0
 
 
-def _check(file: Path, as_json: bool, environ: Mapping[str, str]) -> int:
-    from gateway.config import ConfigError, load, require_models
+def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gateway.config import ConfigError, read_all, require_models
 
     try:
-        settings = load(file, environ)
-        require_models(settings, str(file))
+        reading = read_all(options.file, environ)
+        require_models(reading.settings, str(options.file))
     except ConfigError as error:
-        if as_json:
+        if options.json:
             problems = [
                 {"file": p.file, "line": p.line, "path": p.path, "message": p.message, "hint": p.hint}
                 for p in error.problems
@@ -263,10 +313,19 @@ def _check(file: Path, as_json: bool, environ: Mapping[str, str]) -> int:
         else:
             print(error, file=sys.stderr)
         return USAGE_ERROR
-    if as_json:
-        print(json.dumps({"ok": True, "models": sorted(settings.models), "backends": sorted(settings.backends)}))
-    else:
-        print(f"{file}: ok: {len(settings.models)} models, {len(settings.backends)} backends")
+    settings = reading.settings
+    shown: dict[str, Any] = {"models": sorted(settings.models), "backends": sorted(settings.backends)}
+    if not options.json:
+        print(f"{options.file}: ok: {len(settings.models)} models, {len(settings.backends)} backends")
+    if options.origins:
+        from gateway.commands.steering import print_settings
+        from gateway.config.origins import rows_of
+
+        shown["settings"] = [row.shown() for row in rows_of(reading) if row.origin != "default"]
+        if not options.json:
+            print_settings(shown["settings"], origins=True)
+    if options.json:
+        print(json.dumps({"ok": True, **shown}))
     return 0
 
 
@@ -288,6 +347,9 @@ def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gateway.admission.records import AdmissionError
     from gateway.config import ConfigError, load, require_database_folder, require_models, require_shared_store
     from gateway.listener import BindError
+    from gateway.owner import kept_state_directory
+    from gateway.steering.files import override_file
+    from gateway.steering.reading import ConfigReader
 
     configure(options.log_format, options.log_level)
     settings_environ = _settings_environ(environ)
@@ -297,13 +359,13 @@ def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         if (value := getattr(options, name)) is not None
     }
 
-    def read() -> Settings:
-        settings = load(options.config, settings_environ, overrides)
+    def check(settings: Settings) -> None:
         require_models(settings, str(options.config or "environment"))
         if options.workers > 1:
             require_shared_store(settings, str(options.config or "environment"), options.workers)
-        return settings
 
+    kept = override_file(kept_state_directory(environ), options.config)
+    read = ConfigReader(options.config, settings_environ, overrides, check=check, file=kept)
     try:
         if options.config is None and not load(None, settings_environ, overrides).models:
             print(_NOTHING_TO_SERVE, file=sys.stderr)

@@ -27,6 +27,8 @@ class Begin:
     workers: int
     store_path: str | None
     """The socket of the store that all workers share; None where that is a Redis."""
+    trial_secret: str = ""
+    """What requests of the gateway's own playground show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,12 @@ class KeysChanged:
     """An operator has changed keys or tenants through this gateway."""
 
 
-Message = Begin | Reload | Stop | Hurry | KeysChanged
+@dataclass(frozen=True, slots=True)
+class ReloadRefused:
+    """The configuration was read again and cannot be used."""
+
+
+Message = Begin | Reload | ReloadRefused | Stop | Hurry | KeysChanged
 
 
 def encode(message: Message) -> bytes:

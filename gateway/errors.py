@@ -12,6 +12,7 @@
     ├── StreamInterrupted     in-band: after content went out
     ├── Overloaded            503  this gateway's own ceilings
     ├── Draining              503  this gateway is shutting down
+    ├── EndedByOperator       503
     └── InternalError         500
 
 The JSON shape is OpenAI's, with all four keys (`message`, `type`, `param`, `code`) always present. A client that
@@ -180,6 +181,15 @@ class Draining(GatewayError):
     status = 503
     code = "gateway_draining"
     outcome = Outcome.DRAINED
+
+
+class EndedByOperator(GatewayError):
+    """An operator has ended this very request; it is not to be sent again by itself."""
+
+    status = 503
+    code = "ended_by_operator"
+    outcome = Outcome.ENDED_BY_OPERATOR
+    should_retry = False
 
 
 class InternalError(GatewayError):

@@ -22,6 +22,7 @@ from gateway.errors import GatewayError, InternalError, UpstreamTimeout, let_go
 from gateway.hedging import hedged
 from gateway.keys.records import PRIORITY_CLASSES
 from gateway.leg import Leg
+from gateway.logs import about
 from gateway.order import Call, Order, read_order
 from gateway.reading import read_prompt
 from gateway.record import Exchange, Outcome
@@ -29,6 +30,7 @@ from gateway.relay import Relay
 from gateway.reply import Reply
 from gateway.resumption import Resumption
 from gateway.runtime import Runtime
+from gateway.telemetry.content import captured
 from gateway.verdict import Verdict
 from routing.filters import exclusion_reason
 from routing.router import PANIC
@@ -45,16 +47,22 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
     relay: Relay | None = None
     visit: Visit | None = None
     try:
-        caller = gate.identify(call.headers, call.client)
+        trial = call.trial
+        caller = gate.identify(call.headers, call.client) if trial is None else trial.caller(gate)
         exchange.tenant = caller.tenant.name
         exchange.key_id = caller.key_id
         order = read_order(call, runtime.fleet, exchange.request_id, caller)
         if runtime.overload.level:
             _note(exchange, order)
             runtime.overload.check(order.band)
-        if order.route.reader.takes_long(order.request) and runtime.overflow.reads(order, caller):
-            await asyncio.to_thread(read_prompt, order, exchange)
-        order = runtime.overflow.consider(order, exchange, caller, time.monotonic())
+        if trial is not None:
+            order = trial.steered(order, call, caller)
+        if trial is None or not trial.stays:
+            if order.route.reader.takes_long(order.request) and runtime.overflow.reads(order, caller):
+                await asyncio.to_thread(read_prompt, order, exchange)
+            order = runtime.overflow.consider(order, exchange, caller, time.monotonic())
+        if exchange.traced is not None and caller.key is not None and caller.key.capture_content:
+            reply = captured(exchange.traced, order.body.fields, reply)
         _note(exchange, order)
         check_regions(order)
         moved = False
@@ -74,6 +82,8 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
             except GatewayError as error:
                 if relay.started_content or (reply.started and not exchange.stream):
                     raise
+                if trial is not None and trial.stays:
+                    raise
                 other = runtime.fallbacks.instead(order, exchange, caller, error, time.monotonic())
                 if other is None:
                     raise
@@ -89,7 +99,7 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
         note_departure(exchange, relay)
         raise
     except Exception:
-        logger.exception("request %s failed inside the gateway", exchange.request_id)
+        logger.exception("request %s failed inside the gateway", exchange.request_id, extra=about(exchange.request_id))
         refuse(InternalError("Something went wrong inside the gateway."), relay, reply, exchange)
     finally:
         if relay is not None and relay.leg is not None and relay.leg.reader is not None:
@@ -104,10 +114,11 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
     exchange = relay.exchange
     route = order.route
     pool = route.pool
+    explaining = runtime.explaining
     asking = Asking(call, order, relay, runtime)
     if route.continues and exchange.stream:
         asking.resumption = Resumption(order, exchange.max_tokens_set)
-    story = Attempts(pool, runtime.witness, order.request.model)
+    story = Attempts(pool, runtime.witness, order.request.model, exchange.request_id)
     # After admission: who is refused costs nothing here.
     if route.reader.takes_long(order.request):
         await asyncio.to_thread(read_prompt, order, exchange)
@@ -118,16 +129,20 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
             now = time.monotonic()
             if now >= relay.total_deadline:
                 raise UpstreamTimeout(f"The request took longer than {order.total_s:g} s.")
+            if relay.interruption is not None:
+                raise relay.interruption
             decision = route.router.decide(order.request, pool.replicas, now, story.tried)
+            if now >= explaining.due_at or exchange.attempts or call.trial is not None:
+                explaining.take(order, now, story.tried, decision, asked=call.trial is not None)
             replica = decision.replica
             if replica is None or story.exhausted:
                 if visit is not None and replica is None and _some_are_full(decision):
-                    fits = partial(_fits, order, story)
+                    fits = partial(_fits, order, story, relay)
                     if await runtime.gate.wait_for_replica(visit, relay, fits):
                         continue
                 raise asking.broken_off or story.nothing_left(decision, now)
             upstream = pool.upstreams[replica]
-            leg = begin_leg(asking, replica, decision)
+            leg = begin_leg(asking, replica, decision, now)
             leg.key, leg.refunds = story.begins(upstream, now), story.refunds
             if route.hedges is None:
                 whole, verdict = await asking.attempt(leg, upstream, decision, now)
@@ -175,17 +190,18 @@ def _resumed(
     asking.relay.exchange.continuations += 1
     if visit is not None:
         visit.broke_off(time.monotonic(), asking.relay.total_deadline)
-    logger.info("request %s goes on after %s: %s", order.request.id, leg.replica.name, verdict.error.code)
+    failed, replica = asking.relay.exchange.request_id, leg.replica.name
+    logger.info("request %s goes on after %s: %s", failed, replica, verdict.error.code, extra=about(failed))
     story.close()
-    story = Attempts(order.route.pool, runtime.witness, order.request.model)
+    story = Attempts(order.route.pool, runtime.witness, order.request.model, failed)
     story.tried += resumption.unable
     return story
 
 
-def _fits(order: Order, story: Attempts) -> bool:
-    """Whether some replica could take the request now, or none is left that it could wait for."""
+def _fits(order: Order, story: Attempts, relay: Relay) -> bool:
+    """Whether some replica could take the request now, or there is none, or no reason, that it could wait for."""
     request, replicas, now = order.request, order.route.pool.replicas, time.monotonic()
-    if order.route.router.fits(request, replicas, now, story.tried):
+    if relay.interruption is not None or order.route.router.fits(request, replicas, now, story.tried):
         return True
     return all(exclusion_reason(request, replica, now, story.tried) != "full" for replica in replicas)
 
@@ -225,6 +241,7 @@ def _first_content(order: Order, runtime: Runtime, leg: Leg) -> None:
 def _note(exchange: Exchange, order: Order) -> None:
     exchange.model = order.route.name
     exchange.stream = order.request.stream
-    exchange.pool = order.route.pool.name
+    if not exchange.replica:  # else it is that one's, until another is asked
+        exchange.pool = order.route.pool.name
     exchange.price = order.route.price
     exchange.priority_class = PRIORITY_CLASSES[order.band]

@@ -29,6 +29,7 @@ from gateway.elsewhere import route_at
 from gateway.errors import GatewayError, NoReplicaAvailable
 from gateway.fleet import Fleet, ModelRoute, Pool
 from gateway.keys.principal import Principal, may_use
+from gateway.logs import about
 from gateway.order import EMBEDDINGS, Order
 from gateway.record import Exchange, Outcome
 from gateway.spill import NOTE, Overflow
@@ -168,7 +169,7 @@ class Fallbacks:
     def _next(
         self, chain: _Chain, order: Order, exchange: Exchange, caller: Principal, error: GatewayError
     ) -> Order | None:
-        asked_for = chain.asked_for
+        asked_for, id = chain.asked_for, exchange.request_id
         while chain.left:
             entry = chain.left.pop(0)
             to = entry.model or entry.backend or ""
@@ -177,11 +178,11 @@ class Fallbacks:
                 no_place = error.outcome is Outcome.UNAVAILABLE and route.pool.name == order.route.pool.name
                 obstacle = ASKED if no_place or _place(route) in chain.places else ""
             if route is None or obstacle:
-                logger.info("request %s passes over its fallback %s: %s", exchange.request_id, to, obstacle)
+                logger.info("request %s passes over its fallback %s: %s", id, to, obstacle, extra=about(id))
                 continue
             reason = _reason(error)
             logger.info(
-                "request %s for %s falls back to %s: %s", exchange.request_id, asked_for.route.name, to, error.code
+                "request %s for %s falls back to %s: %s", id, asked_for.route.name, to, error.code, extra=about(id)
             )
             self.counts[asked_for.route.model, to, reason] += 1
             self._leave(order, exchange, error)

@@ -22,6 +22,7 @@ from gateway.config.tls import tls_context
 from gateway.own_keys import credentials_of, headers_with, keys_of
 from gateway.reading import PromptReader
 from gateway.relay import Timing
+from gateway.steering.shadow import ModelShadow, model_shadow
 from routing.credential import Credentials
 from routing.ejection import Rules
 from routing.health import Health
@@ -100,6 +101,8 @@ class ModelRoute:
     """Whether an answer that breaks off is gone on with at another replica (`gateway.resumption`)."""
     hedges: Hedges | None
     """When a late prompt is sent to a second replica too; None: never."""
+    shadow: ModelShadow | None = None
+    """What decides beside the policy and sends nothing; None: nothing does."""
 
     @property
     def asked_adapter(self) -> str | None:
@@ -229,7 +232,10 @@ def build_fleet(
             continues=model.continuation,
             reader=_reader(name, model, old),
             hedges=_hedges(model, old),
+            shadow=model_shadow(model.shadow, pools[model.backend], None if old is None else old.shadow),
         )
+        if isinstance(route.router, Router):
+            route.router.index_for_others = route.shadow is not None and route.shadow.wants_prefix
         for key in (name, *model.aliases):
             models[key] = route
     _take_stock(pools, known)

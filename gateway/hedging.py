@@ -99,9 +99,10 @@ async def _rival(
     replica = decision.replica
     if replica is None or decision.reason in PANIC or not hedges.may(busy_share(pool.replicas, now)):
         return None
+    asking.explains(now, story.tried, decision, first)
     relay.exchange.hedged = True
     upstream = pool.upstreams[replica]
-    leg = begin_leg(asking, replica, decision, rival=True)
+    leg = begin_leg(asking, replica, decision, now, rival=True)
     leg.key = story.begins(upstream, now)
     try:
         second = Attempted(upstream, *await asking.attempt(leg, upstream, decision, now))

@@ -133,6 +133,7 @@ def as_record(exchange: Exchange) -> dict[str, Any]:
         "replica_ttft_ms": _ms(exchange.replica_ttft_s),
         "duration_ms": _ms(exchange.duration_s),
         "cost_usd": exchange.cost_usd,
+        "trace_id": None if exchange.traced is None else f"{exchange.traced.trace_id:032x}",
     }
 
 

@@ -17,6 +17,7 @@ from backends.errors import Disconnected, HeadTimeout, IdleTimeout, UpstreamErro
 from backends.http1 import Connection
 from backends.sse import EventTooLarge
 from gateway.errors import GatewayError, StreamInterrupted, UpstreamFailed
+from gateway.record import Attempt
 from gateway.reply import Headers
 from gateway.sse import Observe, ReadUsage, StreamReader, openai_usage
 from gateway.upstream_errors import UpstreamStalled, from_stream_event
@@ -69,6 +70,7 @@ class Leg:
         "_response_headers",
         "_status",
         "_translation",
+        "attempt",
         "completed",
         "dispatched_at",
         "headers",
@@ -83,9 +85,13 @@ class Leg:
         "whole",
     )
 
-    def __init__(self, relay: Relay, replica: Replica, headers: Headers, observe: Observe | None) -> None:
+    def __init__(
+        self, relay: Relay, replica: Replica, attempt: Attempt, headers: Headers, observe: Observe | None
+    ) -> None:
         self._relay = relay
         self.replica = replica
+        self.attempt = attempt
+        """What is kept of it in the record of the exchange."""
         self.headers = headers
         """What the head of a streamed response will carry if this leg begins it."""
         self.observe = observe
@@ -125,7 +131,9 @@ class Leg:
         the attempt. `passing` says whether the client has seen any content of it.
         """
         relay = self._relay
+        attempt = self.attempt
         if relay.interruption is not None or self._outrun:
+            attempt.connected_at = time.monotonic()
             connection.detach()
             raise relay.interruption or Outrun()
         self._connection = connection
@@ -143,7 +151,9 @@ class Leg:
         self.read_usage = read_usage
         timing = relay.timing
         now = time.monotonic()
-        self._last_data_at = self.dispatched_at = now
+        self._last_data_at = self.dispatched_at = attempt.sent_at = now
+        if attempt.connected_at is None:
+            attempt.connected_at = now
         if not relay.started_content:
             relay.exchange.dispatched_at = now
         self._first_token_deadline = now + timing.first_token_s
@@ -330,6 +340,7 @@ class Leg:
 
     def _begin_content(self, now: float) -> None:
         self.passing = True
+        self.attempt.first_content_at = now
         held, self._held = self._held, []
         self._relay.begin_content(self, b"".join(held) if len(held) != 1 else held[0], now)
 

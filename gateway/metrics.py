@@ -9,18 +9,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from gateway.histogram import Histogram
-from gateway.record import Exchange
+from backends.upstream import Upstream
+from gateway.histogram import FineHistogram, Histogram, fine_bounds
+from gateway.record import Exchange, Outcome
+from gateway.tenant_metrics import TenantMetrics
 from gateway.watch.witness import Witness
 from routing.load import Load
 from routing.types import Replica
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+TTFT_FINE_S = fine_bounds(TTFT_BUCKETS_S)
+DURATION_FINE_S = fine_bounds(DURATION_BUCKETS_S)
+"""What is counted in; the dashboard reads percentiles from it, and Prometheus gets the buckets above."""
+TPOT_BUCKETS_S = (0.002, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0)
+"""10 ms are 100 tokens a second; people read about six a second, 0.15 s each."""
+
+SHORT_PROMPT_TOKENS = 1000
+"""A prompt with fewer is a short one, of which an answer within two seconds is expected at the median."""
+SHORT, LONG, UNCOUNTED = "short", "long", "unknown"
+"""Sizes of prompts, as a label; the last one is of requests without a usage report, refused ones among them."""
+OWN, RENTED = "own", "rented"
 
 MAX_REASONS = 32
 """Reasons counted by name for each model. Policies that users bring may make up any number."""
@@ -32,20 +45,49 @@ UNKNOWN_MODEL = "unknown"
 """Label of requests that never resolved to a configured model; what a client typed is never a label."""
 
 
-class _ModelCounts:
-    """All that is counted for one configured model."""
+class _Use:
+    """Tokens and dollars of one model at replicas of one source."""
 
-    __slots__ = ("cached_tokens", "completion_tokens", "cost_usd", "duration", "prompt_tokens", "reasons", "ttft")
+    __slots__ = ("cached_tokens", "completion_tokens", "cost_usd", "prompt_tokens", "told_prompt_tokens")
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
+        self.told_prompt_tokens = 0
+        """Of these, the ones of requests whose engine said how many were cached."""
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.cost_usd = 0.0
-        self.ttft = Histogram(TTFT_BUCKETS_S)
-        self.duration = Histogram(DURATION_BUCKETS_S)
+
+
+class ModelCounts:
+    """All that is counted for one configured model."""
+
+    __slots__ = ("failovers", "long", "own", "reasons", "rented", "short", "tpot", "ttft", "uncounted")
+
+    def __init__(self) -> None:
+        self.own = _Use()
+        self.rented: _Use | None = None
+        """None until a rented replica has answered."""
+        self.ttft = FineHistogram(TTFT_BUCKETS_S, TTFT_FINE_S)
+        self.tpot = Histogram(TPOT_BUCKETS_S)
+        self.short = FineHistogram(DURATION_BUCKETS_S, DURATION_FINE_S)
+        self.long = FineHistogram(DURATION_BUCKETS_S, DURATION_FINE_S)
+        self.uncounted = FineHistogram(DURATION_BUCKETS_S, DURATION_FINE_S)
+        """From end to end, by the size of the prompt."""
         self.reasons: dict[str, int] = {}
         """Requests by why their last replica was chosen."""
+        self.failovers: dict[str, int] = {}
+        """Requests that went to another replica after their first, by whether that one answered."""
+
+    @property
+    def durations(self) -> tuple[tuple[str, Histogram], ...]:
+        """By the size of the prompt."""
+        return ((SHORT, self.short), (LONG, self.long), (UNCOUNTED, self.uncounted))
+
+    @property
+    def uses(self) -> tuple[tuple[str, _Use], ...]:
+        """By source; a source is there from its first request on."""
+        return ((OWN, self.own),) if self.rented is None else ((OWN, self.own), (RENTED, self.rented))
 
 
 class Metrics:
@@ -53,48 +95,102 @@ class Metrics:
 
     def __init__(self) -> None:
         self.started_unix_s = time.time()
+        self.rented: frozenset[tuple[str, str]] = frozenset()
+        """Pool and name of the replicas whose tokens are paid for to somebody (`rented_of`)."""
+        self.tenants = TenantMetrics()
         self._requests: dict[tuple[str, str, str], int] = {}
         self._refused: dict[int, int] = {}
         self._attempts: dict[tuple[str, str], int] = {}
-        self._cached: dict[tuple[str, str], tuple[int, int]] = {}
-        """Prompt tokens believed to be in a replica's cache, and those that its engine then reported."""
-        self._models: dict[str, _ModelCounts] = {}
+        self._cached: dict[tuple[str, str], tuple[int, int, int]] = {}
+        """Prompt tokens believed to be in a replica's cache, those that its engine then reported, and all of them."""
+        self._models: dict[str, ModelCounts] = {}
 
     def observe(self, exchange: Exchange) -> None:
         """Count one settled exchange."""
-        model = exchange.model or UNKNOWN_MODEL
+        model, outcome = exchange.model or UNKNOWN_MODEL, exchange.outcome or ""
         counts = self._models.get(model)
         if counts is None and exchange.model:
             if len(self._models) >= MAX_MODELS:
                 model = OTHER_MODEL
                 counts = self._models.get(model)
             if counts is None:
-                counts = self._models[model] = _ModelCounts()
-        key = (model, exchange.route, exchange.outcome or "")
+                counts = self._models[model] = ModelCounts()
+        key = (model, exchange.route, outcome)
         self._requests[key] = self._requests.get(key, 0) + 1
+        self.tenants.observe(exchange)
         if counts is None or not exchange.model:
             return
-        counts.duration.observe(exchange.duration_s)
-        ttft_s = exchange.ttft_s
-        if ttft_s is not None:
-            counts.ttft.observe(ttft_s)
-        used = exchange.usage
-        if used is not None:
-            counts.prompt_tokens += used.prompt_tokens
-            counts.cached_tokens += used.cached_tokens or 0
-            counts.completion_tokens += used.completion_tokens
-        if exchange.cost_usd is not None:
-            counts.cost_usd += exchange.cost_usd
+        began_at, came_at, used = exchange.started_at, exchange.first_content_at, exchange.usage
+        ended_at = exchange.finished_at or began_at
+        if came_at is not None:
+            counts.ttft.observe(came_at - began_at)
+        if used is None:
+            counts.uncounted.observe(ended_at - began_at)
+        else:
+            prompt_tokens, completion_tokens = used.prompt_tokens, used.completion_tokens
+            (counts.short if prompt_tokens < SHORT_PROMPT_TOKENS else counts.long).observe(ended_at - began_at)
+            if (
+                came_at is not None
+                and completion_tokens > 1
+                and outcome == "completed"
+                and not exchange.usage_estimated
+            ):
+                counts.tpot.observe((ended_at - came_at) / (completion_tokens - 1))
         if exchange.replica:
-            tried = (exchange.pool, exchange.replica)
-            self._attempts[tried] = self._attempts.get(tried, 0) + exchange.attempts
-            reasons, reason = counts.reasons, exchange.route_reason
-            if reason not in reasons and len(reasons) >= MAX_REASONS:
-                reason = OTHER_REASON
-            reasons[reason] = reasons.get(reason, 0) + 1
-            if used is not None and used.cached_tokens is not None:
-                predicted, reported = self._cached.get(tried, (0, 0))
-                self._cached[tried] = (predicted + exchange.predicted_cached_tokens, reported + used.cached_tokens)
+            self._at_replica(exchange, counts)
+        elif used is not None:
+            self._add_use(counts.own, exchange)
+
+    def _at_replica(self, exchange: Exchange, counts: ModelCounts) -> None:
+        """Count what a replica was asked for, and what it has used."""
+        tried = (exchange.pool, exchange.replica)
+        attempts = exchange.attempts
+        self._attempts[tried] = self._attempts.get(tried, 0) + attempts
+        reasons, reason = counts.reasons, exchange.route_reason
+        if reason not in reasons and len(reasons) >= MAX_REASONS:
+            reason = OTHER_REASON
+        reasons[reason] = reasons.get(reason, 0) + 1
+        if attempts > 1:
+            _count_failover(exchange, counts.failovers)
+        used = exchange.usage
+        if used is None:
+            return
+        use = counts.own
+        if tried in self.rented:
+            use = counts.rented = counts.rented or _Use()
+        self._add_use(use, exchange)
+        cached = used.cached_tokens
+        if cached is not None:
+            predicted, reported, prompt = self._cached.get(tried, (0, 0, 0))
+            predicted += exchange.predicted_cached_tokens
+            self._cached[tried] = (predicted, reported + cached, prompt + used.prompt_tokens)
+
+    @staticmethod
+    def _add_use(use: _Use, exchange: Exchange) -> None:
+        used = exchange.usage
+        assert used is not None
+        use.prompt_tokens += used.prompt_tokens
+        if used.cached_tokens is not None:
+            use.told_prompt_tokens += used.prompt_tokens
+            use.cached_tokens += used.cached_tokens
+        use.completion_tokens += used.completion_tokens
+        if exchange.cost_usd is not None:
+            use.cost_usd += exchange.cost_usd
+
+    @property
+    def requests(self) -> Mapping[tuple[str, str, str], int]:
+        """Settled exchanges by model, route and outcome."""
+        return self._requests
+
+    @property
+    def refusals(self) -> Mapping[int, int]:
+        """Requests of nobody known that were answered with an error, by its status."""
+        return self._refused
+
+    @property
+    def models(self) -> Mapping[str, ModelCounts]:
+        """What is counted of each model that was ever asked for."""
+        return self._models
 
     def refused(self, status: int) -> None:
         """Count a request that was answered with an error before it became an exchange."""
@@ -126,10 +222,12 @@ class Metrics:
         yield from self._token_families()
         yield self._histogram("tidegate_ttft_seconds", "Time to first content.", lambda counts: counts.ttft)
         yield self._histogram(
-            "tidegate_request_duration_seconds",
-            "From a request's first byte to its settlement.",
-            lambda c: c.duration,
+            "tidegate_time_per_output_token_seconds",
+            "Time between the tokens of a streamed answer, on its average.",
+            lambda counts: counts.tpot,
         )
+        yield self._durations()
+        yield from self.tenants.families()
 
     def _route_families(self) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
@@ -137,10 +235,18 @@ class Metrics:
             "Requests by why the replica that was tried last was chosen.",
             labels=["model", "reason"],
         )
+        failovers = CounterMetricFamily(
+            "tidegate_failovers",
+            "Requests that another replica than their first was asked for, by whether one answered.",
+            labels=["model", "result"],
+        )
         for model, counts in list(self._models.items()):
             for reason, count in list(counts.reasons.items()):
                 decisions.add_metric([model, reason], count)
+            for result, count in list(counts.failovers.items()):
+                failovers.add_metric([model, result], count)
         yield decisions
+        yield failovers
         predicted = CounterMetricFamily(
             "tidegate_cached_tokens_predicted",
             "Prompt tokens believed to be cached, of requests whose engine says how many were.",
@@ -151,33 +257,66 @@ class Metrics:
             "Prompt tokens of the same requests that the engine had cached by its own account.",
             labels=["pool", "replica"],
         )
-        for labels, (believed, said) in list(self._cached.items()):
+        prompt = CounterMetricFamily(
+            "tidegate_cached_tokens_prompt",
+            "All prompt tokens of the same requests, of which the reported ones are a share.",
+            labels=["pool", "replica"],
+        )
+        for labels, (believed, said, all_) in list(self._cached.items()):
             predicted.add_metric(labels, believed)
             reported.add_metric(labels, said)
+            prompt.add_metric(labels, all_)
         yield predicted
         yield reported
+        yield prompt
 
     def _token_families(self) -> Iterator[Metric]:
         tokens = CounterMetricFamily(
             "tidegate_tokens",
             "Tokens as reported by the model servers; cached_prompt is part of prompt.",
-            labels=["model", "kind"],
+            labels=["model", "kind", "source"],
         )
-        cost = CounterMetricFamily("tidegate_cost_usd", "Dollars, where prices are configured.", labels=["model"])
+        cost = CounterMetricFamily(
+            "tidegate_cost_usd", "Dollars, where prices are configured.", labels=["model", "source"]
+        )
         for model, counts in list(self._models.items()):
-            tokens.add_metric([model, "prompt"], counts.prompt_tokens)
-            tokens.add_metric([model, "cached_prompt"], counts.cached_tokens)
-            tokens.add_metric([model, "completion"], counts.completion_tokens)
-            cost.add_metric([model], counts.cost_usd)
+            for source, use in counts.uses:
+                tokens.add_metric([model, "prompt", source], use.prompt_tokens)
+                tokens.add_metric([model, "cached_prompt", source], use.cached_tokens)
+                tokens.add_metric([model, "completion", source], use.completion_tokens)
+                cost.add_metric([model, source], use.cost_usd)
         yield tokens
         yield cost
 
-    def _histogram(self, name: str, text: str, pick: Callable[[_ModelCounts], Histogram]) -> Metric:
+    def _durations(self) -> Metric:
+        family = HistogramMetricFamily(
+            "tidegate_request_duration_seconds",
+            "From a request's first byte to its settlement, by the size of its prompt.",
+            labels=["model", "prompt_size"],
+        )
+        for model, counts in list(self._models.items()):
+            for size, histogram in counts.durations:
+                family.add_metric([model, size], histogram.buckets(), histogram.total)
+        return family
+
+    def _histogram(self, name: str, text: str, pick: Callable[[ModelCounts], Histogram]) -> Metric:
         family = HistogramMetricFamily(name, text, labels=["model"])
         for model, counts in list(self._models.items()):
             histogram = pick(counts)
             family.add_metric([model], histogram.buckets(), histogram.total)
         return family
+
+
+def rented_of(upstreams: Iterable[Upstream]) -> frozenset[tuple[str, str]]:
+    """Pool and name of the replicas that are rented."""
+    return frozenset((each.replica.pool, each.replica.name) for each in upstreams if each.hosted)
+
+
+def _count_failover(exchange: Exchange, counts: dict[str, int]) -> None:
+    """A second attempt may also have been at the same replica: with another key, or on a new connection."""
+    if len({(each.pool, each.replica) for each in exchange.tries}) > 1 and not exchange.hedged:
+        result = "answered" if exchange.outcome is Outcome.COMPLETED else "failed"
+        counts[result] = counts.get(result, 0) + 1
 
 
 def replica_families(replicas: Sequence[Replica], now: float) -> Iterator[Metric]:

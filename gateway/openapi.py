@@ -81,6 +81,7 @@ _INFERENCE: Errors = {
         "adapter_unavailable",
         "no_replica_available",
         "gateway_draining",
+        "ended_by_operator",
     ),
     504: ("first_token_timeout", "upstream_timeout"),
 }

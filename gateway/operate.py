@@ -74,7 +74,12 @@ class Gateway:
     """Where the token was found, for messages."""
 
     def ask(
-        self, method: str, target: str, content: Any = None, timeout_s: float = ANSWER_WITHIN_S
+        self,
+        method: str,
+        target: str,
+        content: Any = None,
+        timeout_s: float = ANSWER_WITHIN_S,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """Status and JSON body of an answer that is one. Raises `Problem` for everything else.
 
@@ -85,7 +90,7 @@ class Gateway:
         connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
         body = content if content is None or isinstance(content, bytes) else json.dumps(content)
         try:
-            connection.request(method, target, body, {"authorization": f"Bearer {self.token}"})
+            connection.request(method, target, body, {"authorization": f"Bearer {self.token}", **(headers or {})})
             response = connection.getresponse()
             text = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -107,13 +112,14 @@ class Gateway:
 
 
 def _refusal(url: str, status: int, error: Any) -> Problem:
-    said = error.get("message", "") if isinstance(error, dict) else ""
+    said = str(error.get("message", "")) if isinstance(error, dict) else ""
+    said = "\n".join(map(plain, said.splitlines()))
     code = error.get("code") if isinstance(error, dict) else None
     if code == "unknown_url":
         return Problem(f"{url} is not an admin listener of this version; its port is 7401 by default", UNUSABLE)
     if code == "last_replica":
         return Problem(said.replace("force=true", "--force"), FAILED)
-    usable = status == 409 or status >= 500
+    usable = status in (409, 412) or status >= 500
     return Problem(said or f"{url} answers {status}", FAILED if usable else UNUSABLE)
 
 
@@ -136,6 +142,8 @@ def find(options: argparse.Namespace, environ: Mapping[str, str]) -> Gateway:
     data: dict[str, Any] = {} if document is None else {"admin": document.data.get("admin") or {}}
     relevant = {name: text for name, text in environ.items() if name.upper().startswith("TIDEGATE_ADMIN")}
     overrides = apply_environment(Settings, data, relevant, "TIDEGATE_", "__")
+    if isinstance(data.get("admin"), dict):  # whoever gives a command need not have the secrets of these
+        data["admin"] = {name: value for name, value in data["admin"].items() if name not in ("tokens", "oidc")}
     findings: list[Finding] = []
     if options.token_file is None:
         folder = Path() if options.config is None else options.config.parent
@@ -251,9 +259,19 @@ def _or_dash(value: object) -> str:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows of one length, the first of them the heads of the columns."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def plain(text: str) -> str:
+    """On one line; what a terminal would obey is shown instead. Engines and other operators have a say in texts.
+
+    >>> plain("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 # -- drain
@@ -343,7 +361,7 @@ def _list_adapters(gateway: Gateway, pool: str | None, as_json: bool) -> int:
     ]
     print_table(rows)
     for each in answer["lacking"]:
-        print(f"{each['pool']}/{each['replica']} does not list adapters: {each['reason']}", file=sys.stderr)
+        print(f"{each['pool']}/{each['replica']} does not list adapters: {plain(each['reason'])}", file=sys.stderr)
     return DONE
 
 
@@ -363,7 +381,7 @@ def _change_adapter(
         verb = "unloaded" if path is None else "loaded"
         for each in answer["replicas"]:
             what = verb if each["changed"] else f"{'ok' if each['ok'] else f'not {verb}'}: {each['reason']}"
-            print(f"{pool}/{each['replica']}  {what}", file=sys.stdout if each["ok"] else sys.stderr)
+            print(f"{pool}/{each['replica']}  {plain(what)}", file=sys.stdout if each["ok"] else sys.stderr)
         if "note" in answer:
             print(f"note: {answer['note']}", file=sys.stderr)
     return DONE if answer["ok"] else FAILED

@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from gateway.config.values import ADAPTER_NAME
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest
-from gateway.policy import GuardedRoute, Who
+from gateway.policy import About, GuardedRoute, Who
 from gateway.roster import Roster, unknown_adapter
 from gateway.sources import AdapterChange, AdapterResult, Silent, Source, ask_all
 
@@ -31,6 +31,8 @@ MAX_PATH_CHARACTERS = 4096
 _POLL_S = 0.02
 
 T = TypeVar("T")
+Note = Callable[[Request, str, str, Mapping[str, Any]], Awaitable[None]]
+"""Request, action, subject, and field: [before, after]."""
 
 
 class LastReplica(InvalidRequest):
@@ -56,8 +58,10 @@ class AdapterUnchanged(GatewayError):
 class Operations:
     """The handlers. One instance for each admin app, so that orders given there follow one another."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], note: Note | None = None) -> None:
+        """`note` writes down who has ordered what; None: whoever passes the order on has done so."""
         self._sources = sources
+        self._note = note
         self._draining = asyncio.Lock()
         """Held from looking whether a replica is the last until all have heard: two drains must not take two halves."""
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -66,29 +70,58 @@ class Operations:
     def routes(self) -> list[GuardedRoute]:
         replica = "/admin/replicas/{pool}/{replica}"
         return [
-            GuardedRoute("/admin/replicas", self.replicas, Who.OPERATOR, methods=["GET"]),
-            GuardedRoute(replica, self.replica, Who.OPERATOR, methods=["GET"]),
-            GuardedRoute(f"{replica}/drain", self.drain, Who.OPERATOR, methods=["POST"]),
+            GuardedRoute("/admin/replicas", self.replicas, Who.READER, methods=["GET"]),
+            GuardedRoute(replica, self.replica, Who.READER, methods=["GET"]),
+            GuardedRoute(
+                f"{replica}/drain",
+                self.drain,
+                Who.OPERATOR,
+                methods=["POST"],
+                about=About(query={"force": "`true`: also if it is the last of its pool."}, errors=(LastReplica,)),
+            ),
             GuardedRoute(f"{replica}/undrain", self.undrain, Who.OPERATOR, methods=["POST"]),
-            GuardedRoute("/admin/adapters", self.adapters, Who.OPERATOR, methods=["GET", "POST"]),
-            GuardedRoute("/admin/adapters/{pool}/{name:path}", self.unload, Who.OPERATOR, methods=["DELETE"]),
+            GuardedRoute(
+                "/admin/adapters",
+                self.adapters,
+                Who.READER,
+                methods=["GET"],
+                about=About(query={"pool": "Only of this one."}),
+            ),
+            GuardedRoute(
+                "/admin/adapters",
+                self.load,
+                Who.OPERATOR,
+                methods=["POST"],
+                about=About(body=AdapterChange, errors=(AdapterUnchanged,)),
+            ),
+            GuardedRoute(
+                "/admin/adapters/{pool}/{name:path}",
+                self.unload,
+                Who.OPERATOR,
+                methods=["DELETE"],
+                about=About(query={"replica": "Only at this one."}, errors=(AdapterUnchanged,)),
+            ),
         ]
 
     # -- replicas
 
     async def replicas(self, request: Request) -> Response:
+        """Every replica, all workers taken together."""
         roster = await self._roster()
         return json_response({"replicas": list(roster.all_merged()), "silent_workers": roster.silent})
 
     async def replica(self, request: Request) -> Response:
+        """One replica, all workers taken together."""
         roster = await self._roster()
         return json_response(roster.merged(request.path_params["pool"], request.path_params["replica"]))
 
     async def drain(self, request: Request) -> Response:
+        """Give a replica no new work."""
         force = _switch(request, "force")
         return await self._set_draining(request, True, force)
 
     async def undrain(self, request: Request) -> Response:
+        """Give a replica work again."""
         return await self._set_draining(request, False, True)
 
     async def _set_draining(self, request: Request, wanted: bool, force: bool) -> Response:
@@ -101,7 +134,13 @@ class Operations:
                     "would be refused. Order it with force=true if that is meant.",
                     param="force",
                 )
-            roster.seen(pool, replica)
+            before = roster.merged(pool, replica)["draining"]
+            await self._noted(
+                request,
+                "replica.drain" if wanted else "replica.undrain",
+                f"{pool}/{replica}",
+                {"draining": [before, wanted]},
+            )
             await self._by_one(roster, lambda source: source.drain(pool, replica, wanted))
             roster = await self._until(lambda now: now.is_draining(pool, replica, wanted))
         merged = roster.merged(pool, replica)
@@ -111,15 +150,15 @@ class Operations:
     # -- adapters
 
     async def adapters(self, request: Request) -> Response:
-        if request.method == "POST":
-            return await self._load(request)
+        """LoRA adapters, and who holds them."""
         pool = request.query_params.get("pool")
         roster = await self._roster()
         if pool is not None:
             roster.replicas_of(pool)
         return json_response(roster.adapters(roster.pools if pool is None else [pool]))
 
-    async def _load(self, request: Request) -> Response:
+    async def load(self, request: Request) -> Response:
+        """Have the replicas of a pool load an adapter."""
         try:
             change = msgspec.json.decode(await body_of(request, MAX_BODY_BYTES), type=AdapterChange)
         except msgspec.MsgspecError as error:
@@ -138,21 +177,28 @@ class Operations:
                 "printable characters.",
                 param="path",
             )
-        return await self._change(change)
+        return await self._change(request, change)
 
     async def unload(self, request: Request) -> Response:
+        """Have the replicas of a pool drop an adapter."""
         names = request.path_params
         return await self._change(
-            AdapterChange(names["pool"], names["name"], None, request.query_params.get("replica"))
+            request, AdapterChange(names["pool"], names["name"], None, request.query_params.get("replica"))
         )
 
-    async def _change(self, change: AdapterChange) -> Response:
+    async def _change(self, request: Request, change: AdapterChange) -> Response:
         pool, name, loading = change.pool, change.name, change.path is not None
         roster = await self._roster()
         roster.replicas_of(pool)
         if change.replica is not None:
             roster.seen(pool, change.replica)
         async with self._changing[pool]:
+            await self._noted(
+                request,
+                "adapter.load" if loading else "adapter.unload",
+                f"{pool}/{name}",
+                {"path": [None, change.path], "replica": [None, change.replica]} if loading else {},
+            )
             # Not tried at another worker: the engines may be at it already.
             results = await self._by_one(roster, lambda source: source.change_adapter(change), tries=1)
             done = [result.replica for result in results if result.ok]
@@ -168,6 +214,11 @@ class Operations:
         return json_response({**msgspec.json.decode(failure.body()), **reply}, failure.status)
 
     # -- all workers
+
+    async def _noted(self, request: Request, action: str, subject: str, diff: Mapping[str, Any]) -> None:
+        """Before it is done: what then fails has been tried."""
+        if self._note is not None:
+            await self._note(request, action, subject, diff)
 
     async def _roster(self) -> Roster:
         """Raises `NoWorkerAnswers`."""

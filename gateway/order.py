@@ -7,7 +7,7 @@ as it came.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,6 +22,9 @@ from gateway.limits.classes import band_of, urgency, waits_long
 from gateway.prompt import session_of
 from gateway.store.places import Band
 from routing.types import InferenceRequest
+
+if TYPE_CHECKING:
+    from gateway.inspection.trial import Trial
 
 CHAT, COMPLETIONS, EMBEDDINGS = protocol.CHAT, protocol.COMPLETIONS, protocol.EMBEDDINGS
 INFERENCE_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
@@ -44,6 +47,8 @@ class Call(msgspec.Struct, frozen=True, gc=False):
     """When its first byte came, in `time.monotonic()` seconds."""
     client: tuple[str, int] | None = None
     """Address and port it came from; None: a Unix socket."""
+    trial: Trial | None = None
+    """What the gateway's own playground asks of it; None: it is a client's."""
 
 
 class Order(msgspec.Struct, frozen=True, gc=False):

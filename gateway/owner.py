@@ -40,6 +40,14 @@ def state_directory(environ: Mapping[str, str]) -> Path:
     raise StateError(f"neither {STATE_DIR}, XDG_STATE_HOME nor HOME is set")
 
 
+def kept_state_directory(environ: Mapping[str, str]) -> Path | None:
+    """The same; None when nothing says where that is."""
+    try:
+        return state_directory(environ)
+    except StateError:
+        return None
+
+
 def stored_token(environ: Mapping[str, str]) -> tuple[SecretStr, Path]:
     """The token in the state directory and its file, made now if there is none. Raises `StateError`."""
     path = state_directory(environ) / TOKEN_FILE

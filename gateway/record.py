@@ -13,6 +13,7 @@ import msgspec
 
 from backends.usage import Usage
 from gateway.config import Price
+from gateway.telemetry.context import TraceContext
 
 
 class Outcome(StrEnum):
@@ -34,20 +35,40 @@ class Outcome(StrEnum):
     """The client disconnected first. Not an error, and no mark against the replica."""
     DRAINED = "drained"
     """Ended by this gateway's own shutdown."""
+    ENDED_BY_OPERATOR = "ended_by_operator"
+    """An operator ended it: nobody's fault."""
     INTERNAL = "internal"
     """A defect of Tidegate."""
 
 
-class FailedAttempt(msgspec.Struct, frozen=True, gc=False):
-    """One attempt that brought no answer, or not all of one."""
+OUTRUN = "outrun"
+"""Code of the attempt that lost the race of a hedged request."""
+LEFT = "client_left"
+"""Code of the attempt that was under way when the client went."""
 
+
+class Attempt(msgspec.Struct, gc=False):
+    """One replica asked for one request; times are `time.monotonic()` seconds."""
+
+    pool: str
     replica: str
-    code: str
-    """That of the error which the client would have got."""
-    sent_ms: float
-    """When it was sent, since the request began; or when it failed, where it was not."""
-    took_ms: float
-    """From then until it failed."""
+    reason: str
+    """Why it was chosen: that of the decision."""
+    begun_at: float
+    """The time for which was decided."""
+    span_id: int = 0
+    """64 random bits where the request is traced; 0: it is not."""
+    connected_at: float | None = None
+    """When it had a connection."""
+    sent_at: float | None = None
+    """When its bytes were written; of those that had to be sent again, the last time."""
+    first_content_at: float | None = None
+    """When its first content event came. None too of an answer that came whole."""
+    ended_at: float | None = None
+    """None: it is under way."""
+    code: str = ""
+    """Of the error that ended it, as the client would have got it; or `OUTRUN`, or `LEFT`. Empty: it answered, or is
+    under way."""
 
 
 class Exchange(msgspec.Struct, gc=False):
@@ -57,6 +78,8 @@ class Exchange(msgspec.Struct, gc=False):
     route: str
     started_at: float
     started_unix_s: float
+    read_at: float = 0.0
+    """When its last byte had come."""
     model: str = ""
     stream: bool = False
     request_bytes: int = 0
@@ -74,8 +97,8 @@ class Exchange(msgspec.Struct, gc=False):
     predicted_ttft_ms: float | None = None
     """From dispatch to first token, as the policy predicted it; None where it predicts nothing."""
     attempts: int = 0
-    failures: tuple[FailedAttempt, ...] = ()
-    """The attempts that failed, in the order of their failing."""
+    tries: tuple[Attempt, ...] = ()
+    """The attempts, in the order of their beginning."""
     continuations: int = 0
     """How often the answer broke off and another replica went on with it."""
     hedged: bool = False
@@ -100,6 +123,8 @@ class Exchange(msgspec.Struct, gc=False):
     key_id: str = ""
     """Empty where there are no keys."""
     priority_class: str = ""
+    queued_at: float | None = None
+    """When it began to stand in line, the last time; None: it never did."""
     queue_s: float = 0.0
     """Seconds in line for a place."""
     queue_position: int = 0
@@ -112,6 +137,17 @@ class Exchange(msgspec.Struct, gc=False):
     """No usage was reported; `usage` is what was relayed and estimated."""
     cost_usd: float | None = None
     """None where the configuration gives no price, or no usage was reported."""
+    traced: TraceContext | None = None
+    """None where no traces are sent."""
+
+    @property
+    def failures(self) -> list[Attempt]:
+        """The attempts that brought no answer, or not all of one, in the order of their failing.
+
+        One that was cut because the client had left is none of them.
+        """
+        failed = [each for each in self.tries if each.code and each.code != LEFT]
+        return sorted(failed, key=lambda each: each.ended_at or each.begun_at)
 
     @property
     def duration_s(self) -> float:

@@ -20,7 +20,7 @@ from backends.ticker import Ticker
 from gateway import usage
 from gateway.errors import GatewayError, UpstreamTimeout, error_event
 from gateway.leg import Leg, Outrun
-from gateway.record import Exchange
+from gateway.record import Attempt, Exchange
 from gateway.reply import Headers, Reply
 from gateway.sse import Observe
 from routing.types import Replica
@@ -104,19 +104,19 @@ class Relay:
             if leg is not None:
                 leg.close()
 
-    def begin(self, replica: Replica, headers: Headers, observe: Observe | None = None) -> Leg:
+    def begin(self, replica: Replica, attempt: Attempt, headers: Headers, observe: Observe | None = None) -> Leg:
         """An attempt comes, to this replica. `headers`: the head of the response if that one begins it."""
         before = self.leg
         if before is not None and before.passing and before.reader is not None:
             usage.from_stream(self.exchange, before.reader)
-        leg = self.leg = Leg(self, replica, headers, observe)
+        leg = self.leg = Leg(self, replica, attempt, headers, observe)
         if headers:
             self.headers = headers
         return leg
 
-    def begin_rival(self, replica: Replica, headers: Headers, observe: Observe | None = None) -> Leg:
+    def begin_rival(self, replica: Replica, attempt: Attempt, headers: Headers, observe: Observe | None = None) -> Leg:
         """A second attempt beside the one under way: whichever brings content first is passed on."""
-        leg = self.rival = Leg(self, replica, headers, observe)
+        leg = self.rival = Leg(self, replica, attempt, headers, observe)
         return leg
 
     # What the legs call.

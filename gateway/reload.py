@@ -15,8 +15,8 @@ class Reloader:
     """Reads on request and hands on what can be used; what cannot is logged and changes nothing.
 
     `check` raises a `ConfigError` for settings that cannot be used as they would be in force: with the old values of
-    what needs a restart. One reading at a time: a request that comes during one is for the file's content after it, so
-    it is read once more.
+    what needs a restart; `refused` is called where nothing is handed on. One reading at a time: a request that comes
+    during one is for the file's content after it, so it is read once more.
     """
 
     def __init__(
@@ -25,13 +25,27 @@ class Reloader:
         read: Callable[[], Settings],
         apply: Callable[[Settings], None],
         check: Callable[[Settings], None] = lambda _: None,
+        refused: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._read = read
         self._apply = apply
         self._check = check
+        self._refused = refused
+        self._reading = asyncio.Lock()
         self._wanted = False
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """Those in force."""
+        return self._settings
+
+    async def now(self, read: Callable[[], Settings] | None = None) -> Settings:
+        """Read at once; what is in force then. Raises `ConfigError`, and then nothing has changed. `read`: instead of
+        what a reload reads."""
+        await self._turn(read or self._read)
+        return self._settings
 
     def request(self) -> None:
         self._wanted = True
@@ -42,9 +56,17 @@ class Reloader:
         while self._wanted:
             self._wanted = False
             try:
-                self._take(await asyncio.to_thread(self._read))
+                await self._turn(self._read)
             except ConfigError as error:
                 logger.error("reload refused, the running configuration stays:\n%s", error)
+
+    async def _turn(self, read: Callable[[], Settings]) -> None:
+        async with self._reading:  # what was read first is taken first
+            try:
+                self._take(await asyncio.to_thread(read))
+            except ConfigError:
+                self._refused()
+                raise
 
     def _take(self, settings: Settings) -> None:
         changed = restart_only_changes(self._settings, settings)

@@ -7,33 +7,41 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from random import Random
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from backends.kvevents.view import Summary
 from backends.ticker import Ticker
 from backends.upstream import Upstream
 from gateway import usage
+from gateway.accounts.counts import UseCounts
 from gateway.adapters import AdapterKeeper
 from gateway.admission.opening import Admission
 from gateway.attempt_metrics import AttemptMetrics
+from gateway.build_metrics import Reloads
 from gateway.config import Settings, keep_restart_only
 from gateway.edges.hosts import HostList, hosts_of
 from gateway.errors import GatewayError
 from gateway.fallback import Fallbacks
 from gateway.fleet import Fleet, build_fleet
+from gateway.inspection.explaining import Explaining
 from gateway.ledger import Ledger
-from gateway.metrics import Metrics
+from gateway.metrics import Metrics, rented_of
 from gateway.order import Call
 from gateway.overload.service import Overload
 from gateway.record import Exchange, Outcome
 from gateway.regions import Regions
 from gateway.relay import Relay
+from gateway.request_log import RequestLog
 from gateway.spill import Overflow
+from gateway.steering.traffic import Traffic
 from gateway.store import Store
 from gateway.watch.witness import Witness
 from routing.types import Policy, Replica
+
+if TYPE_CHECKING:
+    from gateway.telemetry.service import Service
 
 MAX_BACKGROUND_TASKS = 1000
 _RETIRE_POLL_S = 0.25
@@ -79,8 +87,9 @@ class Runtime:
         ledger: Ledger,
         *,
         admission: Admission | None = None,
+        worker: int = 0,
     ) -> None:
-        """`policy` takes the place of what the models' settings say, for tests."""
+        """`policy` takes the place of what the models' settings say, for tests. `worker`: which of several it is."""
         self.settings = settings
         self._policy = policy
         self.metrics = metrics
@@ -91,7 +100,14 @@ class Runtime:
         self.store: Store = self.admission.store
         """What this worker shares with the others."""
         self.witness = Witness()
+        self.traffic = Traffic()
+        """The requests that were answered last, for simulations."""
+        self.uses = UseCounts()
+        """What tenants have used, for the view of costs."""
         self.attempt_metrics = AttemptMetrics()
+        self.reloads = Reloads()
+        self.request_log: RequestLog | None = None
+        """Where each settled request gets a line; None: nowhere."""
         self.adapters = AdapterKeeper(self.store, lambda: self.fleet)
         self.kv_listeners: Mapping[Replica, KvSource] = {}
         """Where KV-cache events are followed; kept up by the watch."""
@@ -99,6 +115,7 @@ class Runtime:
         """Kept, because asking for it costs a system call per request on CPython 3.11 (a check of the process id)."""
         self.ticker = Ticker(self.loop)
         self.fleet: Fleet = build_fleet(settings, self.ticker, time.time(), policy=policy)
+        self.metrics.rented = rented_of(self.fleet.upstreams())
         self.regions = Regions(settings)
         self.regions.watch(settings, self.fleet)
         self.overflow = Overflow(settings, self.gate, lambda: self.fleet)
@@ -110,10 +127,21 @@ class Runtime:
         """What is refused so that the worker does not run out of something; samples once it is started."""
         self.hosts: HostList | None = hosts_of(settings)
         """Which names the listener answers to; None: any."""
+        self.explaining = Explaining(settings.admin.explained_per_s if settings.admin.enabled else 0.0)
+        """Why requests went where they went, of some of them."""
+        self.trial_secret = ""
+        """What a request of the gateway's own playground shows; empty: there is none."""
+        self.telemetry: Service | None = None
+        """None where nothing goes to a collector: its libraries are not even loaded then."""
+        if settings.telemetry.endpoint is not None:
+            from gateway.telemetry.service import service_of
+
+            self.telemetry = service_of(settings.telemetry, lambda: self.fleet, worker)
+        self.tracing = None if self.telemetry is None else self.telemetry.tracing
         self.draining = False
         """Set by shutdown: `/readyz` fails and replies close their connections."""
         self._relays: set[Relay] = set()
-        self._live: set[str] = set()
+        self._live: dict[str, Exchange] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._id_prefix = f"req_{secrets.token_hex(8)}"
         self._ids = itertools.count(1)
@@ -122,6 +150,11 @@ class Runtime:
     def in_flight(self) -> int:
         """Exchanges that have begun and are not settled."""
         return len(self._live)
+
+    @property
+    def relays(self) -> Collection[Relay]:
+        """Of the requests that are past the choice of their model and not over."""
+        return self._relays
 
     def new_request_id(self) -> str:
         """Unique over workers and restarts: 64 random bits for the process, then a counter."""
@@ -135,9 +168,12 @@ class Runtime:
             route=call.path,
             started_at=call.received_at,
             started_unix_s=time.time() - (now - call.received_at),
+            read_at=now,
             request_bytes=len(call.body),
         )
-        self._live.add(exchange.request_id)
+        if self.tracing is not None:
+            exchange.traced = self.tracing.begin(call.headers)
+        self._live[exchange.request_id] = exchange
         return exchange
 
     def settle(self, exchange: Exchange) -> None:
@@ -150,12 +186,17 @@ class Runtime:
         self.overflow.settle(exchange)
         self.fallbacks.settle(exchange)
         exchange.admission_headers = ()  # sent; the record waits for the ledger, and should not hold on to memory
-        self._live.discard(exchange.request_id)
+        self._live.pop(exchange.request_id, None)
         if not exchange.tenant:  # nobody knows who that was: no line in the log that anybody could fill
             self.metrics.refused(exchange.status)
             return
         self.metrics.observe(exchange)
+        self.uses.observe(exchange, (exchange.pool, exchange.replica) in self.metrics.rented)
         self.ledger.record(exchange)
+        if self.request_log is not None:
+            self.request_log.record(exchange)
+        if self.telemetry is not None:
+            self.telemetry.settled(exchange)
 
     async def learn_prompts(self) -> None:
         """Load the tokenizers and templates of models that have some; a second for each, in a thread."""
@@ -185,6 +226,22 @@ class Runtime:
         self.gate.interrupt_all(error)
         for relay in list(self._relays):
             relay.interrupt(error)
+
+    def under_way(self) -> list[tuple[Exchange, Relay | None]]:
+        """Every exchange that has begun and is not settled, the oldest first, and its way back where it has one."""
+        relays = {relay.exchange.request_id: relay for relay in self._relays}
+        return [(exchange, relays.get(id)) for id, exchange in list(self._live.items())]
+
+    def interrupt(self, request_id: str, error: GatewayError) -> bool:
+        """End one exchange with this error; whether there was one that could be ended.
+
+        One that waits for a connection, or for an engine to load an adapter, ends when that has come.
+        """
+        found = [relay for relay in self._relays if relay.exchange.request_id == request_id]
+        for relay in found:
+            relay.interrupt(error)
+        self.gate.interrupt(request_id, error)
+        return bool(found)
 
     def abandon(self, replica: Replica) -> None:
         """Move the requests without content away from a replica that has stopped without telling them."""
@@ -216,21 +273,24 @@ class Runtime:
         settings = keep_restart_only(self.settings, settings)
         old = self.fleet
         self.fleet = build_fleet(settings, self.ticker, time.time(), old, self._policy)
+        self.metrics.rented |= rented_of(self.fleet.upstreams())  # those that are gone may still answer
         self.settings = settings
         self.admission.reload(settings)
         self.regions.watch(settings, self.fleet)
         self.overflow.reload(settings)
         self.fallbacks.reload(settings)
         self.overload.reload(settings.overload)
+        self.explaining.configure(settings.admin.explained_per_s if settings.admin.enabled else 0.0)
         self._keep(self._retire(old))
         self._keep(self.learn_prompts())
 
     async def _retire(self, old: Fleet) -> None:
         """Close what only the old fleet used, once every exchange that may still come for it has ended."""
         before = set(self._live)
-        while before & self._live:  # noqa: ASYNC110 - an event would have to be set on the hot path
+        while before & self._live.keys():  # noqa: ASYNC110 - an event would have to be set on the hot path
             await asyncio.sleep(_RETIRE_POLL_S)
         kept = set(self.fleet.upstreams())
+        self.metrics.rented = rented_of(kept)
         self.regions.leave(old, self.fleet)
         for upstream in old.upstreams():
             if upstream not in kept:
@@ -248,4 +308,6 @@ class Runtime:
         self.ticker.close()
         await self.admission.aclose()
         await self.store.aclose()
+        if self.telemetry is not None:
+            await self.telemetry.aclose()
         await self.ledger.aclose()

@@ -9,12 +9,14 @@ import resource
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from pydantic import SecretStr
 
 from gateway.config import Settings
+from gateway.config.values import is_loopback
 from gateway.listener import bind_tcp, bind_uds, listen
-from gateway.owner import STATE_DIR, StateError, stored_token
+from gateway.owner import STATE_DIR, StateError, state_directory, stored_token
 
 logger = logging.getLogger("tidegate")
 
@@ -35,15 +37,27 @@ def run(
     with _bound(settings) as (sockets, admin_sockets):
         listen([*sockets, *admin_sockets])
         token = _owner_token(settings, environ) if admin_sockets else None
+        state_dir = _state_dir(environ, admin_sockets[0]) if admin_sockets else None
         for sock in admin_sockets:
             logger.info("admin on %s", _address(sock))
+            if not is_loopback(settings.admin.host):
+                logger.warning(
+                    "admin can be reached from other machines, and is without TLS: put a proxy that has it in front, "
+                    "or tokens can be read on the way and browsers keep no session (docs/admin.md)"
+                )
         where = ", ".join(_address(sock) for sock in sockets)
         # Imported here, so that the supervising process holds nothing of the request path, and a worker nothing else.
         if workers == 1:
             from gateway.worker_process import serve_alone
 
             return serve_alone(
-                settings, read, sockets, admin_sockets, token, lambda: logger.info("serving on %s", where)
+                settings,
+                read,
+                sockets,
+                admin_sockets,
+                token,
+                lambda: logger.info("serving on %s", where),
+                state_dir,
             )
         from gateway.supervisor import Supervisor
 
@@ -57,6 +71,7 @@ def run(
                 admin_token=token,
                 worker_options=worker_options,
                 on_ready=lambda: logger.info("serving on %s with %d workers", where, workers),
+                state_dir=state_dir,
             )
             return await supervisor.run()
 
@@ -111,6 +126,20 @@ def _owner_token(settings: Settings, environ: Mapping[str, str]) -> SecretStr | 
         return None
     logger.info("admin: the owner token is in %s", path)
     return token
+
+
+def _state_dir(environ: Mapping[str, str], admin: socket.socket) -> Path | None:
+    """Where this gateway keeps what it has learned and been told: a folder for each address of an admin listener, since
+    several gateways of one user may run on a machine. None, with the reason in the log, where there can be none."""
+    host, port = admin.getsockname()[:2]
+    try:
+        folder = state_directory(environ) / f"gateway-{host.replace(':', '_')}-{port}"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (StateError, OSError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        logger.warning("history is not kept over restarts, nor an audit without keys: %s. Set %s.", reason, STATE_DIR)
+        return None
+    return folder
 
 
 def _address(sock: socket.socket) -> str:

@@ -16,12 +16,21 @@ import msgspec
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.accounts.counts import Counted
+from gateway.accounts.limit_rows import LimitsAnswer, LimitsQuestion
 from gateway.errors import GatewayError
+from gateway.fleet_view.glance import Glance
+from gateway.inspection.query import Query
+from gateway.rollups.pulse import Pulse
 
 ANSWER_WITHIN_S = 1.0
 """A worker that takes longer is left out. Its loop is stuck or it is starting; a scrape must not wait for that."""
 EXPLAIN_WITHIN_S = 10.0
 """A request of megabytes before a thousand replicas, at a busy worker."""
+LIST_WITHIN_S = 5.0
+"""Some thousands of requests, at a busy worker."""
+LIMITS_WITHIN_S = 5.0
+"""Thousands of holders, read from a store that may be another machine."""
 DRAIN_WITHIN_S = 10.0
 """Longer than the store may take, and than a worker waits to see its own change."""
 ADAPTER_WITHIN_S = 300.0
@@ -88,11 +97,39 @@ class Source(Protocol):
     async def explain(self, question: bytes) -> dict[str, Any]:
         """Where a request would go and why (`gateway.explanation`). Raises `GatewayError`, as the request would."""
 
+    async def policies(self) -> dict[str, Any]:
+        """By which policies it decides, what their shadows have shown, and a `stamp` of its settings
+        (`gateway.steering.at_worker`)."""
+
+    async def traffic(self, model: str, limit: int) -> list[dict[str, Any]]:
+        """The requests for a model that it has answered last (`gateway.steering.traffic`)."""
+
     async def drain(self, pool: str, replica: str, draining: bool) -> None:
         """Have all workers give a replica no new work, or give it work again. Raises `GatewayError`."""
 
+    async def glance(self) -> Glance:
+        """The replicas as it sees them, briefly."""
+
+    async def pulse(self) -> Pulse:
+        """Its counters and its state at a glance (`gateway.rollups`)."""
+
+    async def requests(self, query: Query) -> dict[str, Any]:
+        """Those that match: `live`, the oldest first, and `settled`, the last settled first."""
+
+    async def request(self, request_id: str) -> dict[str, Any] | None:
+        """All that is known of one request; None: this worker does not know it."""
+
+    async def end_request(self, request_id: str) -> bool:
+        """End a request that is under way; whether there was one."""
+
     async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
         """Load or unload at each replica, through its engine; takes as long as they take. Raises `GatewayError`."""
+
+    async def limits(self, question: LimitsQuestion) -> LimitsAnswer:
+        """What limits are in force, and what is left of them. Raises `GatewayError`: the store may be away."""
+
+    async def costs(self, life: str, turn: int) -> Counted:
+        """What tenants have used since an earlier answer, which had this `life` and `turn`; "" and 0: in all."""
 
 
 async def ask_all(
@@ -107,6 +144,12 @@ async def ask_all(
             return source.index, None
 
     return await asyncio.gather(*(one(source) for source in sources))
+
+
+async def find_request(sources: Sequence[Source], request_id: str) -> dict[str, Any] | None:
+    """What the worker that knows a request says of it; None: none of them does."""
+    answers = await ask_all(sources, lambda source: source.request(request_id))
+    return next((found for _, found in answers if found is not None), None)
 
 
 class RemoteSource:
@@ -124,6 +167,15 @@ class RemoteSource:
     async def fleet(self) -> dict[str, Any]:
         state: dict[str, Any] = msgspec.json.decode(await self._get("/admin/fleet"))["workers"][0]
         return state
+
+    async def glance(self) -> Glance:
+        try:
+            return msgspec.json.decode(await self._get("/worker/glance"), type=Glance)
+        except msgspec.MsgspecError as error:
+            raise Silent(f"worker {self.index} answered with no map") from error
+
+    async def pulse(self) -> Pulse:
+        return self._decoded(await self._get("/worker/pulse"), Pulse)
 
     async def usage(self, limit: int) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = msgspec.json.decode(await self._get(f"/admin/usage?limit={limit}"))["data"]
@@ -147,6 +199,37 @@ class RemoteSource:
         if status != 200:
             raise _refusal(status, body)
 
+    async def requests(self, query: Query) -> dict[str, Any]:
+        page: dict[str, Any] | None = await self._json("POST", "/worker/requests", msgspec.json.encode(query))
+        return page or {"live": [], "live_total": 0, "settled": []}
+
+    async def request(self, request_id: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = await self._json("GET", f"/worker/requests/{_quoted(request_id)}")
+        return found
+
+    async def end_request(self, request_id: str) -> bool:
+        return bool(await self._json("DELETE", f"/worker/requests/{_quoted(request_id)}"))
+
+    async def policies(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self._json("GET", "/worker/policies")
+        return found
+
+    async def traffic(self, model: str, limit: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = await self._json(
+            "GET", "/worker/traffic?" + urlencode({"model": model, "limit": limit})
+        )
+        return rows
+
+    async def _json(self, method: str, target: str, content: bytes = b"") -> Any:
+        """The body of a 200, whatever JSON it is. Raises `Silent` for everything else."""
+        status, body = await self._ask(method, target, content, timeout_s=LIST_WITHIN_S)
+        if status != 200:
+            raise Silent(f"worker {self.index} answered {status}")
+        try:
+            return msgspec.json.decode(body)
+        except msgspec.MsgspecError as error:
+            raise Silent(f"worker {self.index} answered with no JSON") from error
+
     async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
         if change.path is not None:
             status, body = await self._ask(
@@ -161,6 +244,23 @@ class RemoteSource:
             return msgspec.json.decode(body, type=_Results).replicas
         except msgspec.MsgspecError as error:
             raise _refusal(status, body) from error
+
+    async def limits(self, question: LimitsQuestion) -> LimitsAnswer:
+        content = msgspec.json.encode(question)
+        status, body = await self._ask("POST", "/admin/worker/limits", content, timeout_s=LIMITS_WITHIN_S)
+        if status != 200:
+            raise _refusal(status, body)
+        return self._decoded(body, LimitsAnswer)
+
+    async def costs(self, life: str, turn: int) -> Counted:
+        target = "/admin/worker/costs?" + urlencode({"life": life, "turn": turn})
+        return self._decoded(await self._get(target), Counted)
+
+    def _decoded(self, body: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.MsgspecError as error:
+            raise Silent(f"worker {self.index} answered with something else") from error
 
     async def _get(self, target: str) -> bytes:
         """The body of a 200."""

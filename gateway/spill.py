@@ -36,6 +36,7 @@ from gateway.errors import GatewayError
 from gateway.fleet import Fleet, ModelRoute
 from gateway.keys.principal import Principal
 from gateway.keys.records import PRIORITY_CLASSES
+from gateway.logs import about
 from gateway.order import EMBEDDINGS, Order
 from gateway.reading import read_prompt
 from gateway.record import Exchange, Outcome
@@ -195,7 +196,8 @@ class Overflow:
                 return None
             away.returned = True
             self._count(away.model, exchange.request_id, None if error.code in _MAY_BE_BILLED else 0.0)
-            logger.info("request %s comes back from %s: %s", exchange.request_id, order.route.pool.name, error.code)
+            id, pool = exchange.request_id, order.route.pool.name
+            logger.info("request %s comes back from %s: %s", id, pool, error.code, extra=about(id))
             exchange.spill = ""
             return away.home
         model = self._models.get(order.route.model)
@@ -329,6 +331,19 @@ class Overflow:
         return most_usd / 1e6, (request.prompt_tokens * price.input + output * price.output) / 1e6
 
     # -- what is told of it
+
+    @property
+    def spilled(self) -> int:
+        """Requests sent away since the start."""
+        return self._spilled.total()
+
+    def ceilings(self) -> Iterator[tuple[str, str, float, float]]:
+        """Model, window (`hour`, `day`), dollars that count in it now, and this gateway's part of its ceiling."""
+        now_unix_s, share = self._unix_s(), self._gate.home.gateways
+        for name, model in self._models.items():
+            ceilings = model.state.ceilings
+            yield name, "hour", ceilings.hour_micros(now_unix_s) / 1e6, ceilings.per_hour / 1e6 / share
+            yield name, "day", ceilings.day_micros(now_unix_s) / 1e6, ceilings.per_day / 1e6 / share
 
     def families(self) -> Iterator[Metric]:
         """What was sent away, what was kept, and what it has cost."""

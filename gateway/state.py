@@ -12,16 +12,29 @@ from typing import Any
 import msgspec
 from prometheus_client.core import Metric
 
+from gateway.accounts.counts import Counted
+from gateway.accounts.headroom import Headroom
+from gateway.accounts.limit_rows import LimitsAnswer, LimitsQuestion
 from gateway.actions import Actions
 from gateway.config import Settings
 from gateway.explanation import explanation
 from gateway.fleet import Fleet, Pool
+from gateway.fleet_view.glance import Glance, glance
+from gateway.gpu_metrics import gpu_families
+from gateway.inspection.local import Requests
+from gateway.inspection.query import Query
 from gateway.ledger import as_record
+from gateway.log_metrics import log_families
+from gateway.logs import handler_in_use
 from gateway.metrics import health_families, process_families, replica_families
 from gateway.retry_view import keys_state, limits_state, retry_families, retry_state
+from gateway.rollups.pulse import Pulse
+from gateway.rollups.pulser import Pulser
 from gateway.route_metrics import route_families
 from gateway.runtime import KvSource, Runtime
 from gateway.sources import AdapterChange, AdapterResult
+from gateway.steering.at_worker import Steered
+from gateway.steering.shadow import shadow_families
 from gateway.version import tidegate_version
 from routing.index import IndexStats
 from routing.load import Load
@@ -37,6 +50,10 @@ class LocalSource:
         self.index = index
         self._runtime = runtime
         self._actions = Actions(runtime)
+        self._headroom = Headroom(runtime.gate)
+        self._requests = Requests(runtime, index)
+        self._steered = Steered(runtime)
+        self._pulser = Pulser(runtime, index)
 
     async def metrics(self) -> list[Metric]:
         return list(_families(self._runtime))
@@ -44,17 +61,44 @@ class LocalSource:
     async def fleet(self) -> dict[str, Any]:
         return fleet_state(self._runtime, self.index, time.monotonic())
 
+    async def glance(self) -> Glance:
+        return glance(self._runtime, self.index)
+
+    async def pulse(self) -> Pulse:
+        return self._pulser.pulse()
+
     async def usage(self, limit: int) -> list[dict[str, Any]]:
         return [as_record(each) for each in islice(reversed(self._runtime.ledger.recent), limit)]
 
     async def explain(self, question: bytes) -> dict[str, Any]:
         return {"worker": self.index, **await explanation(self._runtime, question)}
 
+    async def requests(self, query: Query) -> dict[str, Any]:
+        return self._requests.page(query)
+
+    async def request(self, request_id: str) -> dict[str, Any] | None:
+        return self._requests.one(request_id)
+
+    async def end_request(self, request_id: str) -> bool:
+        return self._requests.end(request_id)
+
+    async def policies(self) -> dict[str, Any]:
+        return self._steered.policies()
+
+    async def traffic(self, model: str, limit: int) -> list[dict[str, Any]]:
+        return await self._steered.traffic(model, limit)
+
     async def drain(self, pool: str, replica: str, draining: bool) -> None:
         await self._actions.drain(pool, replica, draining)
 
     async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
         return await self._actions.change_adapter(change)
+
+    async def limits(self, question: LimitsQuestion) -> LimitsAnswer:
+        return await self._headroom.answer(question)
+
+    async def costs(self, life: str, turn: int) -> Counted:
+        return self._runtime.uses.since(life, turn)
 
 
 def fleet_state(runtime: Runtime, index: int, now: float) -> dict[str, Any]:
@@ -190,10 +234,16 @@ def _families(runtime: Runtime) -> Iterator[Metric]:
     yield from health_families(runtime.witness)
     yield from runtime.gate.metrics.families(runtime.admission)
     yield from runtime.overflow.families()
+    yield from shadow_families(runtime.fleet)
     yield from runtime.fallbacks.families()
     yield from runtime.attempt_metrics.families()
     yield from runtime.overload.families()
     yield from runtime.adapters.families()
+    yield from gpu_families(runtime.fleet.upstreams())
+    yield from runtime.reloads.families()
+    if runtime.telemetry is not None:
+        yield from runtime.telemetry.families()
+    yield from log_families(handler_in_use(), runtime.request_log)
     yield from process_families(
         runtime.in_flight,
         runtime.body_budget.used_bytes,

@@ -23,9 +23,11 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from gateway import control
-from gateway.admin import admin_app
-from gateway.admission.records import admin_routes
+from gateway.admin.app import admin_app
+from gateway.admin.desk import Desk
+from gateway.admission.records import admin_routes, operators_records
 from gateway.config import Settings, require_shared_store
+from gateway.inspection.door import door_to
 from gateway.listener import Listener, admin_listener, bind_uds, listen
 from gateway.reload import Reloader
 from gateway.sources import RemoteSource
@@ -92,6 +94,7 @@ class Supervisor:
         admin_token: SecretStr | None,
         worker_options: Sequence[str],
         on_ready: Callable[[], None],
+        state_dir: Path | None = None,
     ) -> None:
         self._settings = settings
         self._count = count
@@ -106,10 +109,17 @@ class Supervisor:
         self._gave_up = False
         self._announced = False
         self._deadline: asyncio.TimerHandle | None = None
-        self._routes = admin_routes(settings, self._keys_changed)
+        self._state_dir = state_dir
+        self._door = door_to(sockets)
+        self._records = operators_records(settings)
+        self._read = read
         # New limits may come with a Redis for them, which does not take effect before a restart.
         self._reloader = Reloader(
-            settings, read, self._apply, lambda kept: require_shared_store(kept, "configuration", count)
+            settings,
+            read,
+            self._apply,
+            lambda kept: require_shared_store(kept, "configuration", count),
+            self._reload_refused,
         )
 
     async def run(self) -> int:
@@ -124,41 +134,61 @@ class Supervisor:
                 await store.start()
             self._handle_signals()
             async with asyncio.TaskGroup() as tasks:
-                admin = self._admin()
+                desk = self._desk()
+                admin = self._admin(desk)
                 if admin is not None:
                     tasks.create_task(admin.serve(self._admin_sockets))
+                    await desk.start()
                 async with asyncio.TaskGroup() as keepers:
                     for slot in self._slots:
                         keepers.create_task(self._keep(slot))
+                for slot in self._slots:  # whoever asks a worker now is refused at once
+                    slot.admin_socket.close()
                 if admin is not None:
+                    await desk.aclose()
                     admin.should_exit = True
                     admin.cut()
             if store is not None:
                 await store.aclose()
-            for slot in self._slots:
-                slot.admin_socket.close()
+            if self._records is not None:
+                await asyncio.to_thread(self._records.close)
         if self._deadline is not None:
             self._deadline.cancel()
         logger.info("stopped")
         return 1 if self._gave_up else 0
 
-    def _admin(self) -> Listener | None:
+    def _desk(self) -> Desk:
+        return Desk(
+            [RemoteSource(slot.index, slot.socket_path) for slot in self._slots],
+            lambda: self._reloader.settings,
+            reload=self._reloader.now,
+            read=self._read,
+            database=lambda: None if self._records is None else self._records.database(),
+            state_dir=self._state_dir,
+            door=self._door,
+        )
+
+    def _admin(self, desk: Desk) -> Listener | None:
         if not self._admin_sockets:
             return None
-        sources = [RemoteSource(slot.index, slot.socket_path) for slot in self._slots]
         settings = self._settings.admin
         app = admin_app(
-            sources,
+            desk.sources,
             host=settings.host,
             token=self._admin_token,
-            routes=self._routes,
+            routes=admin_routes(self._settings, self._keys_changed, self._records),
             allowed_hosts=settings.allowed_hosts,
+            desk=desk,
         )
         return admin_listener(app)
 
     async def _keys_changed(self) -> None:
         for slot in self._slots:
             slot.tell(control.KeysChanged())
+
+    def _reload_refused(self) -> None:
+        for slot in self._slots:
+            slot.tell(control.ReloadRefused())
 
     # -- keeping workers
 
@@ -202,7 +232,8 @@ class Supervisor:
                 slot.reason = f"cannot run {sys.executable}: {error.strerror or error}"
                 return "could not be started"
         reader, slot.writer = await asyncio.open_connection(sock=ours)
-        slot.tell(control.Begin(os.getpid(), self._settings, self._count, self._store_path))
+        secret = "" if self._door is None else self._door.secret
+        slot.tell(control.Begin(os.getpid(), self._settings, self._count, self._store_path, secret))
         if self._stopping.is_set():  # since the process was asked for
             slot.tell(control.Stop(graceful=False))
         try:

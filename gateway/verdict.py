@@ -27,7 +27,7 @@ from backends.errors import (
 from backends.side import SideChannelError, Trouble
 from backends.upstream import Upstream
 from gateway.bounds import BOUNDING_FIELDS
-from gateway.errors import Draining, GatewayError, UpstreamFailed, UpstreamTimeout
+from gateway.errors import Draining, EndedByOperator, GatewayError, UpstreamFailed, UpstreamTimeout
 from gateway.leg import UpstreamReply
 from gateway.upstream_errors import (
     UpstreamSaid,
@@ -136,7 +136,7 @@ def of_relay(error: GatewayError, upstream: Upstream) -> Verdict:
         if error.code == FIRST_TOKEN_TIMEOUT:
             return Verdict(error, Evidence.STALLED, Again.ONCE, may_be_billed=upstream.hosted)
         return Verdict(error, Evidence.STALLED, Again.NEVER)
-    if isinstance(error, UpstreamTimeout | Draining):  # the request's own time, the gateway's own end
+    if isinstance(error, UpstreamTimeout | Draining | EndedByOperator):  # the request's own time, our own end of it
         return Verdict(error, None, Again.NEVER)
     return Verdict(error, Evidence.FAILED, Again.ONCE, may_be_billed=upstream.hosted)
 

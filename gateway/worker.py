@@ -24,8 +24,10 @@ from gateway.config import Settings
 from gateway.errors import Draining
 from gateway.ledger import Ledger
 from gateway.listener import Listener, admin_listener, inference_listener
+from gateway.logs import handler_in_use
 from gateway.metrics import Metrics
 from gateway.overload.descriptors import PER_REPLICA, SPARE, make_room, open_now
+from gateway.request_log import RequestLog
 from gateway.runtime import Runtime
 from gateway.sharing.service import Sharing
 from gateway.sources import Source
@@ -63,6 +65,7 @@ class Worker:
         index: int = 0,
         store: Store | None = None,
         workers: int = 1,
+        trial_secret: str = "",
     ) -> None:
         path = settings.usage_log.path
         self._workers = workers
@@ -73,12 +76,16 @@ class Worker:
             self._admission = Admission(settings, store=store, workers=workers)
         except AdmissionError as error:
             raise StartError(str(error)) from error
-        self._runtime = Runtime(settings, None, Metrics(), self._ledger, admission=self._admission)
+        self._runtime = Runtime(settings, None, Metrics(), self._ledger, admission=self._admission, worker=index)
+        self._request_log: RequestLog | None = None
+        self._log_requests()
+        self._runtime.trial_secret = trial_secret
         self._watcher = Watcher(self._runtime, Random())
         self._sharing: Sharing | None = None
         if workers > 1 or self._admission.far is not None:
             self._sharing = Sharing(self._runtime.store, lambda: self._runtime.fleet.pools)
-        self._admin_app = build_admin(LocalSource(self._runtime, index), self._admission)
+        self._source = LocalSource(self._runtime, index)
+        self._admin_app = build_admin(self._source, self._admission)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._graceful = True
@@ -105,8 +112,27 @@ class Worker:
             self._watcher.refresh()
             if self._sharing is not None:
                 self._sharing.refresh()
+            self._log_requests()
+            self._runtime.reloads.applied()
         except Exception:
             logger.exception("reload failed")
+            self._runtime.reloads.refused()
+
+    def reload_refused(self) -> None:
+        """The configuration was read again, and cannot be used."""
+        self._runtime.reloads.refused()
+
+    def _log_requests(self) -> None:
+        """Have requests logged as the settings say, where `gateway.logs` has set up a place for that."""
+        wanted, handler = self._runtime.settings.logging.requests, handler_in_use()
+        if wanted == "false" or handler is None:
+            self._runtime.request_log = None
+            return
+        if self._request_log is None:
+            self._request_log = RequestLog("all", handler.style)
+            handler.writer.follow(self._request_log)
+        self._request_log.mode = "errors" if wanted == "errors" else "all"
+        self._runtime.request_log = self._request_log
 
     def keys_changed(self) -> None:
         """Read the changes of keys now, not at the next turn."""
@@ -125,6 +151,8 @@ class Worker:
         except AdmissionError as error:
             raise StartError(str(error)) from error
         self._watcher.start()
+        if runtime.telemetry is not None:
+            runtime.telemetry.start(self._source.metrics)
         await runtime.learn_prompts()
         await self._watcher.first_look(FIRST_LOOK_S)
         if self._sharing is not None:

@@ -8,17 +8,29 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import uvloop
 from pydantic import SecretStr
+from starlette.types import ASGIApp
 
 from backends.launch.tether import tie_to
 from gateway import control
-from gateway.admin import admin_app, private_app
+from gateway.accounts.worker_routes import worker_routes
+from gateway.admin.app import admin_app, private_app
+from gateway.admin.desk import Desk
+from gateway.admission.opening import Admission
 from gateway.config import Settings
+from gateway.fleet_view.private import glance_routes
+from gateway.inspection.door import door_to
+from gateway.inspection.private import request_routes
 from gateway.logs import log_loop_problem
 from gateway.reload import Reloader
+from gateway.rollups.private import private_routes as pulse_routes
+from gateway.sources import Source
+from gateway.steering.at_worker import steered_routes
 from gateway.store.remote import RemoteStore
 from gateway.worker import StartError, Worker
 
@@ -32,6 +44,7 @@ def serve_alone(
     admin_sockets: Sequence[socket.socket],
     admin_token: SecretStr | None,
     on_ready: Callable[[], None],
+    state_dir: Path | None = None,
 ) -> int:
     """The only worker: SIGTERM stops it, a second one hurries, SIGINT (Ctrl-C) stops without grace, SIGHUP reloads.
 
@@ -39,18 +52,37 @@ def serve_alone(
     """
 
     async def serve() -> int:
-        worker = Worker(
-            settings,
-            sockets=sockets,
-            admin_sockets=admin_sockets,
-            build_admin=lambda source, admission: admin_app(
+        desks: list[Desk] = []
+        door = door_to(sockets)
+
+        def build_admin(source: Source, admission: Admission) -> ASGIApp:
+            desk = Desk(
+                [source],
+                lambda: reloader.settings,
+                reload=lambda by=None: reloader.now(by),
+                read=read,
+                database=lambda: None if admission.records is None else admission.records.database(),
+                state_dir=state_dir,
+                door=door,
+            )
+            desks.append(desk)
+            return admin_app(
                 [source],
                 host=settings.admin.host,
                 token=admin_token,
                 routes=admission.admin_routes(),
                 allowed_hosts=settings.admin.allowed_hosts,
-            ),
+                desk=desk,
+            )
+
+        worker = Worker(
+            settings,
+            sockets=sockets,
+            admin_sockets=admin_sockets,
+            build_admin=build_admin,
+            trial_secret="" if door is None else door.secret,
         )
+        reloader = Reloader(settings, read, worker.reload, refused=worker.reload_refused)
 
         def stop(graceful: bool) -> None:
             if worker.stopping:
@@ -60,8 +92,12 @@ def serve_alone(
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, stop, True)
         loop.add_signal_handler(signal.SIGINT, stop, False)
-        loop.add_signal_handler(signal.SIGHUP, Reloader(settings, read, worker.reload).request)
-        await worker.run(on_ready)
+        loop.add_signal_handler(signal.SIGHUP, reloader.request)
+        async with AsyncExitStack() as at_end:
+            for desk in desks:
+                await desk.start()
+                at_end.push_async_callback(desk.aclose)
+            await worker.run(on_ready)
         logger.info("stopped")
         return 0
 
@@ -89,10 +125,20 @@ def serve_supervised(index: int, fds: Sequence[int]) -> int:
             begin.settings,
             sockets=sockets,
             admin_sockets=[admin],
-            build_admin=lambda source, _: private_app([source]),
+            build_admin=lambda source, _: private_app(
+                [source],
+                [
+                    *worker_routes(source),
+                    *glance_routes(source),
+                    *request_routes(source),
+                    *steered_routes(source),
+                    *pulse_routes(source),
+                ],
+            ),
             index=index,
             store=None if begin.store_path is None else RemoteStore(begin.store_path),
             workers=begin.workers,
+            trial_secret=begin.trial_secret,
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: worker.stop(graceful=True))
@@ -126,6 +172,8 @@ async def _obey(worker: Worker, reader: asyncio.StreamReader) -> None:
                 worker.hurry()
             case control.Reload(settings):
                 worker.reload(settings)
+            case control.ReloadRefused():
+                worker.reload_refused()
             case control.KeysChanged():
                 worker.keys_changed()
             case None:

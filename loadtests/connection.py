@@ -312,6 +312,7 @@ class Connection(asyncio.Protocol):
                 "running": engine.running,
                 "accepted": engine.accepted,
             },
+            **engine.reports,
         }
         if method != "GET" or path not in known:
             unknown = replies.json_response(404, replies.error(f"no route {method} {path}", 404))

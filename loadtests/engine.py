@@ -33,7 +33,7 @@ from typing import Any
 
 from loadtests.behaviour import BadBehaviour, Behaviour
 from loadtests.connection import Connection, Request
-from loadtests.replies import Call
+from loadtests.replies import Call, Json
 from loadtests.served_log import Event, writing_to
 
 
@@ -67,6 +67,8 @@ class FakeEngine:
         """How long loading or unloading one takes."""
         self.pace: Callable[[bytes, Behaviour, float], Behaviour] | None = None
         """Sets tokens and times of each request's behaviour from its body and the time it came (`loadtests.pacing`)."""
+        self.reports: dict[str, Callable[[], Json]] = {}
+        """More that GET requests are answered with, by path: what a real engine says of itself."""
         self.scriptable = False
         """``POST /script`` with ``{"script": {...}, "probe": {...}}`` changes both, for engines in other processes."""
         self.uds = uds

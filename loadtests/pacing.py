@@ -74,6 +74,11 @@ class Pace:
         self._ends: list[float] = []
         """Of the requests that are being worked on."""
 
+    @property
+    def cached_tokens(self) -> int:
+        """What the cache holds at the moment."""
+        return len(self._blocks) * BLOCK_TOKENS
+
     def __call__(self, body: bytes, behaviour: Behaviour, now: float) -> Behaviour:
         """The behaviour with this request's tokens and times. Raises `msgspec.MsgspecError` for a strange body."""
         found = _decode(body)

@@ -158,7 +158,7 @@ def _nginx(folder: Path, port: int, engines: list[int]) -> list[str]:
     return ["nginx", "-c", str(config), "-e", "stderr"]
 
 
-def _tidegate(edge: str, folder: Path, port: int, engines: list[int], **sections: Any) -> list[str]:
+def tidegate(edge: str, folder: Path, port: int, engines: list[int], **sections: Any) -> list[str]:
     settings: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": port, "edge": edge},
         "admin": {"host": "127.0.0.1", "port": free_port()},
@@ -174,7 +174,7 @@ def _tidegate(edge: str, folder: Path, port: int, engines: list[int], **sections
     }
     config = folder / f"tidegate-{edge}.yaml"
     config.write_text(json.dumps(settings, indent=2))  # JSON is YAML
-    return python("-m", "gateway", "serve", "--config", str(config))
+    return python("-m", "gateway", "serve", "--log-format=json", "--config", str(config))
 
 
 def _limited(store: str, folder: Path, port: int, engines: list[int]) -> list[str]:
@@ -195,7 +195,7 @@ def _limited(store: str, folder: Path, port: int, engines: list[int]) -> list[st
     }
     if store == "redis":
         sections["store"] = f"redis://127.0.0.1:{(folder / REDIS_PORT_FILE).read_text()}"
-    return _tidegate("protocol", folder, port, engines, **sections)
+    return tidegate("protocol", folder, port, engines, **sections)
 
 
 PEERS = {
@@ -203,8 +203,8 @@ PEERS = {
     for peer in (
         Peer("direct", None, "/health"),
         Peer("nginx", _nginx, "/health", "nginx"),
-        Peer("tidegate-protocol", functools.partial(_tidegate, "protocol"), "/readyz"),
-        Peer("tidegate-asgi", functools.partial(_tidegate, "asgi"), "/readyz"),
+        Peer("tidegate-protocol", functools.partial(tidegate, "protocol"), "/readyz"),
+        Peer("tidegate-asgi", functools.partial(tidegate, "asgi"), "/readyz"),
         Peer("keys+limits-memory", functools.partial(_limited, "memory"), "/readyz"),
         Peer("keys+limits-redis", functools.partial(_limited, "redis"), "/readyz", "redis-server", redis=True),
     )

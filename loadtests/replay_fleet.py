@@ -24,7 +24,7 @@ def fleet(policy: str, replicas: int, speed: Speed, folder: Path) -> Iterator[st
     with running(engines, log=folder / "engines.log", core=LOAD_CORE, port=ports[-1], ready="/health"):
         port = free_port()
         config = _config(policy, ports, port, folder)
-        command = python("-m", "gateway", "serve", "--config", str(config))
+        command = python("-m", "gateway", "serve", "--log-format=text", "--config", str(config))
         with running(command, log=folder / "gateway.log", core=GATEWAY_CORE, port=port, ready="/readyz"):
             yield f"http://127.0.0.1:{port}"
 

@@ -143,7 +143,9 @@ class Gateway(Process):
         self.config = folder / "tidegate.yaml"
         self.settings = settings(folder, port, self.admin, engines, redis)
         self.write_config()
-        command = python("-m", "gateway", "serve", "--config", str(self.config), f"--workers={workers}")
+        command = python(
+            "-m", "gateway", "serve", "--log-format=text", "--config", str(self.config), f"--workers={workers}"
+        )
         keys = {f"SOAK_{name.upper()}": key for name, key in self.keys.items()}
         state = folder / "state"
         super().__init__(

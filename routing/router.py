@@ -165,13 +165,18 @@ class Router:
         rng: Random | None = None,
         *,
         stay_where_loaded: bool = False,
+        quiet: bool = False,
     ) -> None:
         """`stay_where_loaded`: requests for an adapter go to replicas that have it as long as one may be used; for
-        policies that do not know what loading costs."""
+        policies that do not know what loading costs. `quiet`: for decisions that nobody acts on, so that nothing of
+        the pool's state is touched."""
         self.chooser = chooser
         self.state = state or PoolState()
         self._rng = rng or Random()
         self.stay_where_loaded = stay_where_loaded
+        self._quiet = quiet
+        self.index_for_others = False
+        """Somebody beside the policy needs to know what is cached where (`routing.shadow`)."""
 
     @property
     def name(self) -> str:
@@ -179,7 +184,7 @@ class Router:
 
     @property
     def wants_prefix(self) -> bool:
-        return self.chooser.wants_prefix
+        return self.chooser.wants_prefix or self.index_for_others
 
     def decide(
         self,
@@ -194,7 +199,8 @@ class Router:
         if self.stay_where_loaded and request.adapter is not None:
             candidates = list(stay_where_loaded(request.adapter, candidates))
         view = self.view(request, now)
-        self.state.calibration.pool = replicas
+        if not self._quiet:
+            self.state.calibration.pool = replicas
         chosen = self.chooser(request, candidates, view)
         if forced in (OVER_CAPACITY, NO_SLOT):
             excluded = [each for each in excluded if each.replica is not chosen]
@@ -235,9 +241,9 @@ class Router:
             self._land(request, replica, now)
         new: Sequence[Digest] = ()
         cached = 0
-        if prefix is not None and self.chooser.wants_prefix and not replica.retired:
+        if prefix is not None and not replica.retired and self.wants_prefix:
             slot = state.slot(replica)
-            if decision is not None and decision.replica is replica:
+            if decision is not None and decision.replica is replica and self.chooser.wants_prefix:
                 cached = decision.cached_tokens
             else:
                 cached = int(state.index.match(prefix).get(slot, 0) * prefix.unit_tokens)
@@ -302,7 +308,7 @@ class Router:
         if flight is None:
             return
         state.calibration.finished(request, flight, now, prompt_tokens, cached_tokens, output_tokens)
-        if cached_tokens is not None and request.prefix is not None and self.chooser.wants_prefix:
+        if cached_tokens is not None and request.prefix is not None and self.wants_prefix:
             # In this request's own measure, which is an estimate where no tokeniser counted it.
             scale = flight.tokens / prompt_tokens if prompt_tokens else 1.0
             slot = state.slots.get(replica)

@@ -6,6 +6,10 @@
 set -u
 python=${PYTHON:-.venv/bin/python}
 
+# Without a browser the dashboard's tests fail by themselves, with what to do; the others need none.
+CHROMIUM=$(PYTHON="$python" "$(dirname "$0")/browser.sh")
+export CHROMIUM
+
 NONE=5 # pytest's exit code when no test was selected
 
 "$python" -m pytest -m 'not slow and alone' "$@"

@@ -43,6 +43,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     shipped = {name for name in names if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert sources <= shipped
+    static = ROOT / "gateway" / "dashboard" / "static"
+    files = {str(path.relative_to(ROOT)) for path in static.rglob("*") if path.is_file()}
+    assert any(name.endswith("index.html") for name in files)
+    assert files <= shipped
     assert {name for name in shipped if not name.startswith(tuple(f"{package}/" for package in PACKAGES))} == {
         "loadtests/__init__.py",
         "loadtests/fits/engines.json",
@@ -96,13 +100,17 @@ def imported_modules() -> set[str]:
     return modules - set(sys.stdlib_module_names) - {package.partition("/")[0] for package in PACKAGES}
 
 
+NAMESPACES = {"opentelemetry": {"opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"}}
+"""Names that several distributions share, and which of those are ours to declare: the others are theirs."""
 OPTIONAL = ("demo", "plots", "postgres", "tokenizer")
 """Extras that bring what is imported only where it is asked for."""
 
 
 def test_declared_dependencies_are_the_ones_imported() -> None:
     distributions = packages_distributions()
-    imported = {canonicalize_name(distributions[module][0]) for module in imported_modules()}
+    imported = {
+        canonicalize_name(distributions[module][0]) for module in imported_modules() if module not in NAMESPACES
+    } | NAMESPACES["opentelemetry"]
     optional = PROJECT["optional-dependencies"]
     extras = {canonicalize_name(Requirement(text).name) for name in OPTIONAL for text in optional[name]}
     declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}

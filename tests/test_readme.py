@@ -41,7 +41,7 @@ def free_port() -> int:
 @contextmanager
 def serving(config: Path, *options: str) -> Iterator[None]:
     """`tidegate serve` with a file, until the block ends; it must then stop cleanly."""
-    command = [sys.executable, "-m", "gateway", "serve", "--config", str(config), *options]
+    command = [sys.executable, "-m", "gateway", "serve", "--log-format=text", "--config", str(config), *options]
     log = config.with_suffix(".log")
     with log.open("wb") as file, subprocess.Popen(tethered(command), stdout=file, stderr=file) as process:
         try:

@@ -37,6 +37,7 @@ from gateway.limits.errors import refusal_error
 from gateway.limits.estimate import Estimate, Estimator
 from gateway.limits.headers import ratelimit_headers
 from gateway.limits.plan import Plan, Planner
+from gateway.logs import about
 from gateway.order import EMBEDDINGS, Order
 from gateway.record import Exchange
 from gateway.relay import Relay
@@ -295,7 +296,7 @@ class Gate:
             visit.max_wait_s = max(0.0, ends_at - visit.entered_at)
             await self._wait(visit, relay)
         if not relay.started_content:
-            exchange.queue_s = time.monotonic() - visit.entered_at
+            exchange.queued_at, exchange.queue_s = visit.entered_at, time.monotonic() - visit.entered_at
         exchange.admission_headers = self._headers_after_wait(exchange)
         return True
 
@@ -323,7 +324,7 @@ class Gate:
             visit.waiter = None
             waited_s = time.monotonic() - visit.entered_at
             if not relay.started_content:  # else it is a continuation's, which no first token waits for
-                exchange.queue_s = waited_s
+                exchange.queued_at, exchange.queue_s = visit.entered_at, waited_s
             self.metrics.waited(visit.pool, visit.order.band, waited_s)
             exchange.admission_headers = self._headers_after_wait(exchange)
         if self.directory is not None and not self.directory.still_valid(visit.principal, time.time()):
@@ -334,6 +335,7 @@ class Gate:
         return [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"x-request-id", exchange.request_id.encode()),
+            *(() if exchange.traced is None else exchange.traced.reply_headers()),
             *(pair for pair in exchange.admission_headers if pair[0] != b"x-tidegate-queue-ms"),
             (b"x-tidegate-queue-position", b"%d" % exchange.queue_position),
             (b"x-tidegate-predicted-wait-ms", b"%d" % (exchange.predicted_wait_s * 1000)),
@@ -370,7 +372,8 @@ class Gate:
         try:
             settled = settlement(visit, exchange, self.estimator)
         except Exception:
-            logger.exception("request %s could not be settled; what it had reserved is charged", exchange.request_id)
+            id = exchange.request_id
+            logger.exception("request %s could not be settled; what it had reserved is charged", id, extra=about(id))
             settled = Settlement(visit.reserved, work_of(visit.estimate.input, visit.estimate.output))
         finally:
             self.home.give_back(
@@ -413,6 +416,13 @@ class Gate:
         for visit in self.visits.values():
             if visit.waiter is not None and not visit.waiter.done():
                 visit.waiter.set_exception(error)
+
+    def interrupt(self, request_id: str, error: GatewayError) -> None:
+        """End the waiting of one request, if it stands in line."""
+        for visit in self.in_line():
+            waiter = visit.waiter
+            if visit.exchange.request_id == request_id and waiter is not None and not waiter.done():
+                waiter.set_exception(error)
 
     def store_changed(self, available: bool) -> None:
         """Redis went away, or came back."""

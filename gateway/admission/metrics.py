@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from gateway.admission.refused import RefusalsByHolder
 from gateway.histogram import Histogram
 from gateway.keys.records import PRIORITY_CLASSES
 from gateway.limits.plan import Plan
@@ -24,16 +25,52 @@ _TTFT_WEIGHT = 0.05
 _MAX_MODELS = 10_000
 
 
+class SpentBudgets:
+    """Which budgets have refused requests lately. Only refusals come here."""
+
+    MOST = 256
+    """Kept, those of the last refusals."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str], tuple[str, float, int]] = {}
+
+    def note(self, scope: str, label: str, limit: str) -> None:
+        """One request was refused by `limit` of this scope, which clients know as `label`."""
+        before = self._last.pop((scope, limit), None)
+        if len(self._last) >= self.MOST:
+            del self._last[next(iter(self._last))]
+        self._last[scope, limit] = (label, time.time(), 1 if before is None else before[2] + 1)
+
+    def since(self, unix_s: float) -> Iterator[tuple[str, str, str, float, int]]:
+        """Scope, label, limit, time of the last refusal and their number, of those that refused after `unix_s`."""
+        for (scope, limit), (label, last_unix_s, count) in self._last.items():
+            if last_unix_s >= unix_s:
+                yield scope, label, limit, last_unix_s, count
+
+
 class AdmissionMetrics:
     """One worker's counts."""
 
     def __init__(self) -> None:
         self._refusals: Counter[tuple[str, str, str]] = Counter()
+        self.by_holder = RefusalsByHolder()
         self._turned_away: Counter[tuple[str, str]] = Counter()
         self._waits: dict[tuple[str, Band], Histogram] = {}
         self._ttft_s: dict[str, float] = {}
+        self.spent = SpentBudgets()
+        """Budgets that have said no."""
         self.estimated = 0
         """Requests settled without a usage report."""
+
+    @property
+    def limited(self) -> Mapping[tuple[str, str, str], int]:
+        """Limits that said no, by whose they are, which, and whether they are enforced."""
+        return self._refusals
+
+    @property
+    def sent_off(self) -> Mapping[tuple[str, str], int]:
+        """Requests that the queue turned away, by pool and reason."""
+        return self._turned_away
 
     def refusals(self, plan: Plan, answer: Answer) -> None:
         """Count every limit that said no, those that are only tried out as well."""
@@ -43,6 +80,9 @@ class AdmissionMetrics:
             if refusal.limit in ("requests", "input", "output", "total", "concurrent"):
                 limit = refusal.limit
             self._refusals[kind, limit, "shadow" if refusal.shadow else "enforced"] += 1
+            self.by_holder.note(plan.scopes[refusal.scope].key, refusal)
+            if limit.startswith("usd_") and refusal.wait_us < 0 and not refusal.shadow:
+                self.spent.note(plan.scopes[refusal.scope].key, plan.labels[refusal.scope], limit)
 
     def turned_away(self, pool: str, reason: str) -> None:
         self._turned_away[pool, reason] += 1

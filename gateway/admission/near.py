@@ -7,13 +7,13 @@ share of every rate, and has that share of places, of concurrency, and of what w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from gateway.admission.rooms import FOREVER_US
 from gateway.admission.visit import Visit
-from gateway.store.limits import Admission, Budget, Cost, Held, Rate, Scope
+from gateway.store.limits import Admission, Budget, Cost, Held, Rate, Reading, Scope
 from gateway.store.memory_limits import MemoryLimits
 from gateway.store.memory_places import MemoryPlaces
 from gateway.store.places import Entry, Room, Standing
@@ -67,6 +67,10 @@ class Near:
         visit.charged_near = True
         held = Held(visit.id, self._shared(visit.scopes, share), times(visit.reserved, share))
         self._limits.renew_now([held], FOREVER_US)
+
+    def read(self, scopes: Sequence[Scope]) -> list[Reading]:
+        """How scopes stand here, for operators."""
+        return self._limits.read_now(scopes)
 
     # -- places
 

@@ -74,17 +74,22 @@ def pepper_of(settings: Settings) -> bytes | None:
         raise AdmissionError(str(error)) from error
 
 
-def admin_routes(
-    settings: Settings, on_changed: Callable[[], Awaitable[None]], records: Records | None = None
-) -> list[GuardedRoute]:
-    """The operators' routes for keys and tenants, on these records or on a way of their own to the database.
+def operators_records(settings: Settings) -> Records | None:
+    """A way to the database for a process that only answers operators; None in a gateway without keys.
 
     Raises `AdmissionError`.
     """
+    pepper = pepper_of(settings)
+    return None if pepper is None else Records(settings, pepper)
+
+
+def admin_routes(
+    settings: Settings, on_changed: Callable[[], Awaitable[None]], records: Records | None
+) -> list[GuardedRoute]:
+    """The operators' routes for keys and tenants. Raises `AdmissionError`."""
     from gateway.key_routes import key_routes
 
     pepper = pepper_of(settings)
-    if pepper is None:
+    if pepper is None or records is None:
         return key_routes(lambda: None, None, on_changed)
-    records = records or Records(settings, pepper)
     return key_routes(records.database, pepper, on_changed)

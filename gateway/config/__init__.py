@@ -8,9 +8,11 @@ from gateway.config.caps import Caps
 from gateway.config.limit_checks import needs_shared_store
 from gateway.config.limits import DEFAULT_TENANT, LimitBlock, Queue, StaticKey, Tenant
 from gateway.config.load import (
+    Reading,
     json_schema,
     keep_restart_only,
     load,
+    read_all,
     require_database_folder,
     require_models,
     require_shared_store,
@@ -18,8 +20,9 @@ from gateway.config.load import (
 )
 from gateway.config.prices import ExchangeRates, Price
 from gateway.config.problems import ConfigError, Problem
-from gateway.config.replicas import Health, KvEvents, Replica
+from gateway.config.replicas import Dcgm, Health, KvEvents, Replica
 from gateway.config.schema import RESTART_ONLY, Admin, Server, Settings, Shutdown, Stream, UsageLog
+from gateway.config.shadow import Shadow
 from gateway.config.spill import Spill
 from gateway.config.upstreams import Backend, Connections, Model, ModelTimeouts, Timeouts
 
@@ -31,6 +34,7 @@ __all__ = [
     "Caps",
     "ConfigError",
     "Connections",
+    "Dcgm",
     "ExchangeRates",
     "Health",
     "KvEvents",
@@ -40,9 +44,11 @@ __all__ = [
     "Price",
     "Problem",
     "Queue",
+    "Reading",
     "Replica",
     "Server",
     "Settings",
+    "Shadow",
     "Shutdown",
     "Spill",
     "StaticKey",
@@ -54,6 +60,7 @@ __all__ = [
     "keep_restart_only",
     "load",
     "needs_shared_store",
+    "read_all",
     "require_database_folder",
     "require_models",
     "require_shared_store",

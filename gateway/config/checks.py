@@ -113,13 +113,29 @@ def _is_wildcard(host: str) -> bool:
 
 
 def _admin_token(data: dict[str, Any]) -> Iterator[Finding]:
-    token = _mapping(data, "admin").get("token")
-    if isinstance(token, SecretStr) and 0 < len(token.get_secret_value().encode()) < MIN_TOKEN_BYTES:
-        yield Finding(
-            ("admin", "token"),
-            f"the token is shorter than {MIN_TOKEN_BYTES} bytes (128 bits)",
-            "make one with: openssl rand -hex 32",
-        )
+    """None that can be guessed, and none that would make it a matter of luck who its bearer is."""
+    admin = _mapping(data, "admin")
+    places: dict[Path, Any] = {("admin", "token"): admin.get("token")}
+    places |= {
+        ("admin", "tokens", name, "token"): _mapping(admin["tokens"], name).get("token")
+        for name in _mapping(admin, "tokens")
+    }
+    seen: dict[str, Path] = {}
+    for path, token in places.items():
+        if not isinstance(token, SecretStr) or not (value := token.get_secret_value()):
+            continue
+        if len(value.encode()) < MIN_TOKEN_BYTES:
+            yield Finding(
+                path,
+                f"the token is shorter than {MIN_TOKEN_BYTES} bytes (128 bits)",
+                "make one with: openssl rand -hex 32",
+            )
+        if (first := seen.setdefault(value, path)) != path:
+            yield Finding(path, f"is the same token as {show_path(first)}", "make another with: openssl rand -hex 32")
+    oidc = _mapping(admin, "oidc")
+    scopes = oidc.get("scopes")
+    if isinstance(scopes, list | tuple) and "openid" not in scopes:
+        yield Finding(("admin", "oidc", "scopes"), "openid is not among them", "add openid")
 
 
 def _sizes(data: dict[str, Any]) -> Iterator[Finding]:

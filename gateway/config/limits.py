@@ -158,6 +158,11 @@ class StaticKey(Section):
     metadata: _Metadata = Field(
         default={}, description="The operator's own notes, names and texts. None by default.", examples=[{"owner": "x"}]
     )
+    capture_content: Switch = Field(
+        default=False,
+        description="Whether the texts of its requests and their answers go into their traces, where telemetry is "
+        "configured. Off: what people write is nobody's to keep unasked.",
+    )
 
 
 class Keys(Section):

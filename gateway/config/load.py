@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -16,6 +18,7 @@ from gateway.config.environment import (
     apply_command_line,
     apply_environment,
 )
+from gateway.config.layer import OVERRIDE, Layer, apply_layer
 from gateway.config.limit_checks import check_limits, missing_folder, needs_shared_store
 from gateway.config.lines import Document, read_document
 from gateway.config.problems import ConfigError, Finding, Path, Problem, did_you_mean, show_path
@@ -28,6 +31,18 @@ DEFAULTS = "configuration"
 """What a problem names as its file when no file was given."""
 
 _NO_MODELS = ("no models configured", "add at least one under models, and its backend under backends")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Settings, and where each of them comes from."""
+
+    settings: Settings
+    document: Document
+    """The file, as it was read: nothing has been put over it."""
+    origins: Overrides
+    unused: tuple[tuple[str, ...], ...] = ()
+    """Paths of the layer that lead nowhere in this configuration."""
 
 
 def load(
@@ -45,10 +60,25 @@ def load(
     runs a command for operators need not have all that the gateway has, and are empty. None: all of them.
     Without a path, defaults and environment alone are used, and having no models is allowed.
     """
-    document = Document(DEFAULTS) if path is None else read_document(path)
+    return read_all(path, environ, options, secrets=secrets).settings
+
+
+def read_all(
+    path: FilePath | None,
+    environ: Mapping[str, str],
+    options: Mapping[str, str] | None = None,
+    *,
+    secrets: Collection[str] | None = None,
+    layer: Layer = (),
+    document: Document | None = None,
+) -> Reading:
+    """As `load`, with where everything comes from. `layer`: what operators have put over file and environment.
+    `document`: the file as it was read before, instead of reading it now."""
+    if document is None:
+        document = Document(DEFAULTS) if path is None else read_document(path)
     if not document.readable:
         raise ConfigError(document.problems)
-    data = document.data
+    data = deepcopy(document.data)
     findings = list(_unknown_sections(data))
     prefix, delimiter = (
         Settings.model_config["env_prefix"],
@@ -56,6 +86,7 @@ def load(
     )
     overrides = apply_environment(Settings, data, environ, prefix, delimiter)
     apply_command_line(Settings, data, options or {}, overrides)
+    unused = apply_layer(data, layer, overrides)
 
     places = list(secret_places(Settings, data))
     mentioned = referenced_variables(places)
@@ -73,7 +104,7 @@ def load(
     problems += [problem for name, problem in overrides.problems.items() if name not in mentioned]
     if settings is None or problems:
         raise ConfigError(sorted(set(problems), key=_order))
-    return settings
+    return Reading(settings, document, overrides, tuple(unused))
 
 
 def require_models(settings: Settings, file: str = DEFAULTS) -> None:
@@ -191,5 +222,5 @@ def _placed(findings: list[Finding], document: Document, overrides: Overrides) -
 
 def _order(problem: Problem) -> tuple[int, int, str, str]:
     """By line, then what no line is known of; the environment and the command line last."""
-    late = {ENVIRONMENT: 1, COMMAND_LINE: 2}.get(problem.file, 0)
+    late = {ENVIRONMENT: 1, COMMAND_LINE: 2, OVERRIDE: 3}.get(problem.file, 0)
     return (late, problem.line or 0, problem.path, problem.message)

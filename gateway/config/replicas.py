@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
@@ -77,10 +79,25 @@ def _zmq(value: str) -> str:
     return value
 
 
+def _page(value: str) -> str:
+    hint = "write e.g. http://10.0.0.7:9400/metrics"
+    try:
+        parts = urlsplit(value)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        raise wrong("this is not a URL that can be read", hint) from None
+    if not known or not re.fullmatch(r"[!-~]{1,500}", value):
+        raise wrong("this is not a URL that can be read", hint)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise wrong("only host, port and path are wanted in this URL", hint)
+    return f"{parts.scheme}://{parts.netloc}{parts.path if parts.path.strip('/') else '/metrics'}"
+
+
 def _auto_or_zmq(value: str) -> str:
     return value if value == "auto" else _zmq(value)
 
 
+_Label = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}$"), AfterValidator(_header_name)]
 HeaderValue = Annotated[str, Field(pattern=r"^[!-~]([ -~]{0,998}[!-~])?$")]
 
@@ -119,6 +136,40 @@ class KvEvents(Section):
         description="ZeroMQ address where missed events can be asked for. Null: what the engine says, or none.",
     )
     topic: Annotated[str, Field(max_length=200)] = Field(default="", description="Topic to subscribe to. Empty: all.")
+
+
+class Dcgm(Section):
+    """Where NVIDIA's DCGM exporter says how busy a replica's GPUs are. It is asked every 15 s, for `/metrics` alone."""
+
+    url: Annotated[str, AfterValidator(_page)] = Field(
+        description="The exporter's page, as http or https URL; without a path it is /metrics.",
+        examples=["http://10.0.0.7:9400/metrics"],
+    )
+    gpus: Annotated[tuple[Annotated[Whole, Field(ge=0, le=255)], ...], Field(min_length=1, max_length=64)] | None = (
+        Field(
+            default=None,
+            description="Numbers of the GPUs that are the replica's, by the label `gpu`. Null: all that the page has.",
+            examples=[[0, 1]],
+        )
+    )
+    labels: Mapping[_Label, Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default={},
+        max_length=16,
+        description="Further labels that the replica's samples have, where one page speaks of several machines or "
+        "pods. None by default.",
+        examples=[{"Hostname": "gpu-node-3"}],
+    )
+
+    @property
+    def origin(self) -> str:
+        """`scheme://host:port`."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
+
+    @property
+    def path(self) -> str:
+        """Of the page."""
+        return urlsplit(self.url).path
 
 
 class Health(Section):
@@ -222,6 +273,11 @@ class Replica(Section):
     kv_events: KvEvents | None = Field(
         default=None,
         description="Where the engine publishes its KV-cache events (sglang and vllm over ZeroMQ). Null: not read.",
+    )
+
+    dcgm: Dcgm | None = Field(
+        default=None,
+        description="Where NVIDIA's DCGM exporter says how busy the replica's GPUs are. Null: not read.",
     )
 
     @property

@@ -22,6 +22,9 @@ def check_routing(data: dict[str, Any]) -> Iterator[Finding]:
         policy = model.get("policy")
         if isinstance(policy, str) and policy:
             yield from _policy(policy, ("models", name, "policy"))
+        shadow = model.get("shadow")
+        if isinstance(shadow, dict) and isinstance(shadow.get("policy"), str) and shadow["policy"]:
+            yield from _policy(shadow["policy"], ("models", name, "shadow", "policy"))
         template = model.get("chat_template")
         if isinstance(template, str) and template.strip():
             yield from _template(template, ("models", name, "chat_template"))

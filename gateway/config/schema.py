@@ -11,8 +11,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from gateway.config.caps import Caps
 from gateway.config.limits import DefaultLimits, Keys, Redis, Tenant
+from gateway.config.operators import AdminToken, Oidc, Sessions
 from gateway.config.overload import Overload
 from gateway.config.secrets import Secret
+from gateway.config.slo import Slo
+from gateway.config.telemetry import Telemetry
 from gateway.config.upstreams import Backend, Model, Timeouts
 from gateway.config.values import (
     HOUR_S,
@@ -25,6 +28,7 @@ from gateway.config.values import (
     Name,
     Number,
     Region,
+    RequestLines,
     Section,
     SocketPath,
     Store,
@@ -32,7 +36,7 @@ from gateway.config.values import (
     Whole,
 )
 
-RESTART_ONLY = ("server", "admin", "auth", "usage_log", "database", "database_password", "store", "redis")
+RESTART_ONLY = ("server", "admin", "auth", "usage_log", "database", "database_password", "store", "redis", "telemetry")
 """What a running gateway cannot change: its listeners, whether it asks for keys, and where its state and records go.
 The rest is reloaded. `keys.pepper` is the one part of a section that is not: see `keep_restart_only`."""
 
@@ -187,6 +191,26 @@ class Admin(Section):
         "{file: PATH}. "
         "Null: on loopback, one that is made at the first start and kept in the state directory.",
     )
+    tokens: Mapping[Name, AdminToken] = Field(
+        default={},
+        max_length=100,
+        description="Further tokens by the name that the audit gives their bearers, each with a role.",
+        examples=[{"grafana": {"role": "reader", "token": {"file": "/run/secrets/grafana"}}}],
+    )
+    session: Sessions = Field(
+        default=Sessions(), description="How long somebody who has logged in to the dashboard stays so."
+    )
+    oidc: Oidc | None = Field(
+        default=None, description="Logging in to the dashboard at an identity provider. Null: with tokens only."
+    )
+    explained_per_s: Number = Field(
+        default=10.0,
+        ge=0,
+        le=1000,
+        description="Requests a second, in each worker, of which it is kept why they went where they went: every "
+        "candidate with each term of its cost. Takes half a per cent of a worker's time at most, whatever stands here; "
+        "0 keeps none but those of the playground.",
+    )
 
 
 class Stream(Section):
@@ -224,6 +248,18 @@ class UsageLog(Section):
         description="File that gets one JSON line per exchange. Null: records are only kept in memory, "
         "so that nothing is written to disk unasked.",
         examples=["/var/log/tidegate/usage.jsonl"],
+    )
+
+
+class Logging(Section):
+    """What is written to standard error. The form of a line is the command line's: `--log-format`, `--log-level`."""
+
+    requests: RequestLines = Field(
+        default="true",
+        description="Which requests get a line with their outcome: `true` all, `false` none, `errors` those that ended "
+        "otherwise than with a whole answer or with the client leaving. A line costs some 5 us of CPU as JSON, 11 us "
+        "as text, and 500 bytes.",
+        examples=["errors"],
     )
 
 
@@ -275,6 +311,7 @@ class Settings(BaseSettings):
     )
     caps: Caps = Field(default=Caps(), description="How much of an engine a single request may ask for.")
     usage_log: UsageLog = Field(default=UsageLog(), description="The record of exchanges.")
+    logging: Logging = Field(default=Logging(), description="What is written to standard error.")
     region: Region | None = Field(
         default=None,
         description="Where this gateway runs. Null: not said, so that only measured round trips count.",
@@ -290,6 +327,8 @@ class Settings(BaseSettings):
     overload: Overload = Field(
         default=Overload(), description="What is refused before the gateway would run out of something."
     )
+    telemetry: Telemetry = Field(default=Telemetry(), description="What is told to an OpenTelemetry collector.")
+    slo: Slo = Field(default=Slo(), description="What the overview measures against: how much may fail.")
     models: Mapping[ModelName, Model] = Field(default={}, description="The models that clients may ask for, by name.")
     backends: Mapping[Name, Backend] = Field(default={}, description="The pools of replicas, by name.")
 

@@ -12,6 +12,7 @@ from gateway.config.limits import LimitBlock, Queue
 from gateway.config.prices import ExchangeRates, Price
 from gateway.config.replicas import AdapterFile, Engine, HeaderName, HeaderValue, Health, KeyHeader, Replica
 from gateway.config.secrets import Secret
+from gateway.config.shadow import Shadow
 from gateway.config.spill import Spill
 from gateway.config.tls import Tls
 from gateway.config.values import (
@@ -97,6 +98,10 @@ class Model(Section):
         description="How a replica is chosen: a policy's name, or `package.module:attribute` for one of your own. "
         "cost: the replica where the request is predicted to take the fewest milliseconds.",
         examples=["least_outstanding"],
+    )
+    shadow: Shadow | None = Field(
+        default=None,
+        description="A policy that decides beside `policy` and sends nothing, to see what it would do. Null: none.",
     )
     ms_per_usd: ExchangeRates = Field(
         default=ExchangeRates(),

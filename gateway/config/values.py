@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -149,6 +149,12 @@ Store = Annotated[str, AfterValidator(_store)]
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Switch = Annotated[bool, Field(strict=True)]
+RequestLines = Annotated[
+    Literal["true", "false", "errors"],
+    BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
+    WithJsonSchema({"enum": [True, False, "true", "false", "errors"]}),
+]
+"""All, none or some. Words, since an environment variable has no other truth; YAML's own true and false are taken."""
 
 
 def _checked_host_name(text: str) -> str:

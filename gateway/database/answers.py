@@ -44,3 +44,21 @@ class AuditEntry(msgspec.Struct, frozen=True):
     """The key's id, the tenant's name, ..."""
     diff: dict[str, Any] = {}
     """Field: [before, after]. No digests, no secrets."""
+
+
+KEY_STATES = ("valid", "disabled", "expired")
+
+
+class KeyQuery(msgspec.Struct, frozen=True):
+    """Which keys, and which page of them."""
+
+    text: str = ""
+    """Part of an id, a name, a hint or a tenant's name, in whatever case."""
+    tenant: str | None = None
+    state: str | None = None
+    """One of `KEY_STATES`."""
+    newest: bool = False
+    """The newest first, instead of in the order of ids."""
+    after: str = ""
+    """The id of the last key of the page before."""
+    limit: int = 100

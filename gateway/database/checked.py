@@ -194,5 +194,5 @@ _KEY_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "limits": limits,
     "metadata": metadata,
 }
-CHANGEABLE = frozenset({*_KEY_CHECKS, "raises", "disabled", "expires_unix_s"})
+CHANGEABLE = frozenset({*_KEY_CHECKS, "raises", "disabled", "expires_unix_s", "capture_content"})
 """What `update` may change. `replaced_by` changes by a rotation; a key never goes to another tenant."""

@@ -13,6 +13,7 @@ from gateway.database.address import parse
 from gateway.database.audit import Audit
 from gateway.database.engine import WITHIN_S, Engine
 from gateway.database.errors import DatabaseInvalid
+from gateway.database.finding import Finding
 from gateway.database.keys import Keys, Tenants
 from gateway.database.migrate import migrate
 from gateway.database.sole import Sole
@@ -33,6 +34,7 @@ class Database:
         """Whether there was nothing in it when it was opened."""
         self.keys = Keys(engine, clock)
         self.tenants = Tenants(engine, clock)
+        self.finding = Finding(engine, clock)
         self.spend = Spend(engine, clock)
         self.audit = Audit(engine, clock)
         self.sole = Sole(engine, clock)

@@ -6,6 +6,7 @@ DatabaseError
 ├── InvalidValue          a value that may not be stored; names the field
 ├── NotFound              no such key or tenant
 └── Conflict              it does not go with what is there: the same id or key again, too many keys
+    └── VersionConflict   it was changed since whoever orders this looked at it
 
 The messages name the database without its password, and never a value that may be secret.
 """
@@ -50,3 +51,11 @@ class NotFound(DatabaseError):
 
 class Conflict(DatabaseError):
     """It does not go with what is there. Nothing was changed."""
+
+
+class VersionConflict(Conflict):
+    """It was changed since whoever orders this looked at it. Nothing was changed now."""
+
+    def __init__(self, what: str, version: int) -> None:
+        super().__init__(f"{what} was changed in the meantime: it has the version {version} now")
+        self.version = version

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from gateway.database import checked
 from gateway.database.answers import Changes
 from gateway.database.engine import Engine
-from gateway.database.errors import Conflict, DatabaseInvalid, InvalidValue, NotFound
+from gateway.database.errors import Conflict, DatabaseInvalid, InvalidValue, NotFound, VersionConflict
 from gateway.database.rows import Reader, key_rows, key_values, tenant_rows, tenant_values
 from gateway.database.tables import counters, keys, tenants
 from gateway.database.turns import Turn, turn
@@ -53,13 +53,15 @@ class Keys:
         reader.report()
         return found
 
-    def update(self, id: str, changes: Mapping[str, object], actor: str) -> KeyRecord:
+    def update(self, id: str, changes: Mapping[str, object], actor: str, if_version: int | None = None) -> KeyRecord:
         """Change fields (`checked.CHANGEABLE`), given as the record holds them or as JSON does; the new record.
 
-        What is the same already changes nothing and is not recorded. Raises `NotFound`, `InvalidValue`.
+        What is the same already changes nothing and is not recorded. `if_version`: only if that was its last change.
+        Raises `NotFound`, `InvalidValue`, `VersionConflict`.
         """
         with turn(self._engine, self._clock, actor) as mine:
             before = self._row(mine.connection, id)
+            _expect(mine, keys, keys.c.id == id, if_version, f"the key {id}")
             after = checked.with_changes(before, changes)
             diff = _difference(before, after)
             if diff:
@@ -68,7 +70,14 @@ class Keys:
                 mine.record(_action(diff, after), id, diff)
         return after
 
-    def rotate(self, id: str, replacement: KeyRecord, old_expires_unix_s: float, actor: str) -> KeyRecord:
+    def rotate(
+        self,
+        id: str,
+        replacement: KeyRecord,
+        old_expires_unix_s: float,
+        actor: str,
+        if_version: int | None = None,
+    ) -> KeyRecord:
         """Put a new key in the place of one, which goes on until then (or its own expiry, if that is earlier).
 
         The old record as changed comes back. Raises `NotFound`; `Conflict` for a key that no longer works or has a
@@ -77,6 +86,7 @@ class Keys:
         replacement = self._checked_new(replacement)
         with turn(self._engine, self._clock, actor) as mine:
             before = self._row(mine.connection, id)
+            _expect(mine, keys, keys.c.id == id, if_version, f"the key {id}")
             expired = before.expires_unix_s is not None and before.expires_unix_s <= mine.now_unix_s
             if before.disabled or expired or before.replaced_by is not None:
                 state = "disabled" if before.disabled else "expired" if expired else "replaced already"
@@ -92,10 +102,11 @@ class Keys:
             mine.record("key.rotate", id, {**diff, "replacement": _created(replacement)})
         return after
 
-    def remove(self, id: str, actor: str) -> None:
-        """For good: it is in no list any more, and nothing brings it back. Raises `NotFound`."""
+    def remove(self, id: str, actor: str, if_version: int | None = None) -> None:
+        """For good: it is in no list any more, and nothing brings it back. Raises `NotFound`, `VersionConflict`."""
         with turn(self._engine, self._clock, actor) as mine:
             self._exists(mine.connection, id)
+            _expect(mine, keys, keys.c.id == id, if_version, f"the key {id}")
             mine.connection.execute(keys.update().where(keys.c.id == id).values(removed=True, version=mine.version))
             mine.live_keys -= 1
             mine.record("key.remove", id, {"removed": [False, True]})
@@ -149,10 +160,11 @@ class Tenants:
         self._engine = engine
         self._clock = clock
 
-    def put(self, record: TenantRecord, actor: str) -> TenantRecord:
-        """Make or replace a tenant, as a whole. Raises `InvalidValue`."""
+    def put(self, record: TenantRecord, actor: str, if_version: int | None = None) -> TenantRecord:
+        """Make or replace a tenant, as a whole. Raises `InvalidValue`, `VersionConflict`."""
         record = checked.tenant(record)
         with turn(self._engine, self._clock, actor) as mine:
+            _expect(mine, tenants, tenants.c.name == record.name, if_version, f"the tenant {record.name}")
             row = mine.connection.execute(tenant_rows.where(tenants.c.name == record.name)).one_or_none()
             values = {**tenant_values(record), "version": mine.version, "removed": False}
             if row is None:
@@ -177,10 +189,12 @@ class Tenants:
         reader.report()
         return found
 
-    def remove(self, name: str, actor: str) -> None:
-        """Raises `NotFound`, and `Conflict` while it has keys: they would be left without its limits."""
+    def remove(self, name: str, actor: str, if_version: int | None = None) -> None:
+        """Raises `NotFound`, `VersionConflict`, and `Conflict` while it has keys: they would be left without its
+        limits."""
         with turn(self._engine, self._clock, actor) as mine:
             _tenant(mine.connection, name)
+            _expect(mine, tenants, tenants.c.name == name, if_version, f"the tenant {name}")
             its = sa.select(sa.func.count()).select_from(keys).where(keys.c.tenant == name, keys.c.removed.is_(False))
             if count := mine.connection.execute(its).scalar_one():
                 raise Conflict(f"the tenant {name} has {count} keys: remove them first, or disable the tenant")
@@ -198,6 +212,15 @@ def _tenant(connection: sa.Connection, name: str) -> TenantRecord:
     record = reader.tenant(row)
     reader.report()
     return record
+
+
+def _expect(mine: Turn, table: sa.Table, is_it: sa.ColumnElement[bool], version: int | None, what: str) -> None:
+    """Raise `VersionConflict` unless the last change of this row has that version, if one is asked for."""
+    if version is None:
+        return
+    now = mine.connection.execute(sa.select(table.c.version).where(is_it, table.c.removed.is_(False))).scalar()
+    if now != version:
+        raise VersionConflict(what, int(now or 0))
 
 
 def _changes(connection: sa.Connection, version: int) -> Changes:

@@ -67,6 +67,7 @@ class Reader:
             for name in _KEY_JSON:
                 values[name] = _parsed(values[name])
             values["disabled"] = values["disabled"] != 0
+            values["capture_content"] = values["capture_content"] == 1  # anything else keeps nothing
             values["tenant"] = sys.intern(values["tenant"])
             if (its_class := values["priority_class"]) not in PRIORITY_CLASSES:
                 self._unknown[f"priority class {its_class!s:.40}"] += 1

@@ -102,6 +102,13 @@ class Spend:
                     found[scope, period] = micros
         return found
 
+    def largest(self, periods: Iterable[str], most: int) -> dict[SpendKey, int]:
+        """Who has spent most in these periods, as far as `most` goes."""
+        wanted = sa.select(spend.c.scope, spend.c.period, spend.c.micros).where(spend.c.period.in_(list(periods)))
+        with self._engine.read() as connection:
+            rows = connection.execute(wanted.order_by(spend.c.micros.desc()).limit(most))
+            return {(scope, period): micros for scope, period, micros in rows}
+
     def of_period(self, period: str) -> dict[str, int]:
         """Every scope that has spent in this period, and how much."""
         if _PERIOD.fullmatch(period) is None:

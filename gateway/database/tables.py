@@ -5,9 +5,9 @@ A change to this file needs a new revision under `migrations/versions` and its n
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, Index, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, LargeBinary, MetaData, String, Table, Text, false
 
-REVISION = "0002"
+REVISION = "0003"
 """The revision that this program reads and writes."""
 SCHEMA_TABLE = "tidegate_schema"
 """Where alembic keeps the database's own revision."""
@@ -50,6 +50,7 @@ keys = Table(
     Column("expires_unix_s", Float),
     Column("replaced_by", String(64)),
     Column("metadata", Text, nullable=False),
+    Column("capture_content", Boolean, nullable=False, server_default=false()),
     Index("tidegate_keys_version", "version"),
     Index("tidegate_keys_tenant", "tenant"),
 )

@@ -112,7 +112,7 @@ def first_problem(options: Options) -> str | None:
 
 
 def _serve(config: Path) -> list[str]:
-    return [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
+    return [sys.executable, "-m", "gateway", "serve", "--log-format=text", "--config", str(config)]
 
 
 def _child_environ(environ: Mapping[str, str], ports: Ports) -> dict[str, str]:

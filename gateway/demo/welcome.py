@@ -37,7 +37,7 @@ def welcome(ports: Ports, replicas: int, answer: Answer, folder: Path) -> str:
 Tidegate is up: {fleet} of SmolLM2-135M-Instruct on llama.cpp, behind one address.
 
     API      {ports.base_url}    model {MODEL} (also as {ALIAS}); no key needed on this machine
-    Admin    {ports.admin_url}    token in {token_file(folder)}
+    Admin    {ports.admin_url}/admin/    the dashboard; sign in with the token in {token_file(folder)}
 
 It was asked "{PROMPT}" and said ({answer.tokens} tokens in {answer.took_s:.1f} s, from {answer.replica}):
 
@@ -53,6 +53,7 @@ or from Python (pip install openai):
 
 Where to look next:
 
+    dashboard         {ports.admin_url}/admin/
     metrics           curl -H "authorization: Bearer $(cat {token_file(folder)})" {ports.admin_url}/metrics
     usage records     tail -f {folder / "usage.jsonl"}
     logs              {folder}

@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway.errors import BodyTooLarge
 from gateway.exchange import serve
+from gateway.inspection.trial import Trial
 from gateway.order import Call
 from gateway.reply import Headers
 from gateway.runtime import Runtime
@@ -92,8 +93,16 @@ class AsgiReply:
 class InferenceEndpoint:
     """An ASGI application for one inference route."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        path_of: Callable[[Scope], str] | None = None,
+        trial_of: Callable[[Scope], Trial] | None = None,
+    ) -> None:
+        """Of the gateway's own playground, both: the path of the API that a request is for, and how it is treated."""
         self._runtime = runtime
+        self._path_of = path_of
+        self._trial_of = trial_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received_at = time.monotonic()
@@ -102,7 +111,9 @@ class InferenceEndpoint:
         if body is None:
             return
         headers: Headers = list(scope["headers"])
-        call = Call(scope["path"], headers, body, received_at, scope["client"])
+        path = scope["path"] if self._path_of is None else self._path_of(scope)
+        trial = None if self._trial_of is None else self._trial_of(scope)
+        call = Call(path, headers, body, received_at, scope["client"], trial)
         exchange = asyncio.create_task(serve(call, reply, self._runtime))
         watch = asyncio.create_task(_watch(receive, exchange, reply))
         try:

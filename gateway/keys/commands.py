@@ -186,6 +186,8 @@ def _key_spec(options: argparse.Namespace) -> KeySpec:
         if (value := getattr(options, field)) is not None:
             taken_away = value == NONE and field in ("deadline_ms", "max_output_tokens")
             setattr(spec, field, None if taken_away else value)
+    if options.capture_content is not None:
+        spec.capture_content = options.capture_content
     for field in ("models", "adapters", "regions"):
         if getattr(options, field) is not None:
             setattr(spec, field, listed(field, getattr(options, field)))

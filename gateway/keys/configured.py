@@ -28,6 +28,7 @@ def static_records(keys: Sequence[StaticKey], pepper: bytes) -> list[KeyRecord]:
             max_output_tokens=each.max_output_tokens,
             limits=each.limits.limit_set(),
             metadata=dict(each.metadata),
+            capture_content=each.capture_content,
         )
         for each in keys
     ]

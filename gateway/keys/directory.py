@@ -147,6 +147,23 @@ class Directory:
                 return Principal(entry.principal.key, entry.holder.merged) if valid else None
         return None
 
+    def as_now(self, principal: Principal) -> Principal | None:
+        """Who had this key, as that one is now; None when there is no such key any more."""
+        if principal.key is None:
+            return principal
+        entry = self._entries.get(principal.key.digest)
+        if entry is None or (entry.principal.key is principal.key and entry.holder.merged is principal.tenant):
+            return None if entry is None else principal
+        return Principal(entry.principal.key, entry.holder.merged)
+
+    def principals(self, tenant: str | None = None) -> list[Principal]:
+        """Everybody with a key, valid or not, or those of one tenant; looks through all keys."""
+        return [
+            Principal(entry.principal.key, entry.holder.merged)
+            for entry in self._entries.values()
+            if tenant is None or entry.holder.name == tenant
+        ]
+
     def cache_salt(self, tenant: str, own: str) -> str:
         """What an engine keeps this tenant's cache apart by, and within it by what the tenant says itself: 32 hex
         digits, the same at every gateway with this pepper, from which nobody learns the tenant's name."""

@@ -60,6 +60,7 @@ class KeySpec(msgspec.Struct, forbid_unknown_fields=True, rename={"priority_clas
     disabled: bool | UnsetType = UNSET
     expires: str | UnsetType | None = UNSET
     metadata: dict[str, Any] | UnsetType | None = UNSET
+    capture_content: bool | UnsetType = UNSET
 
 
 class TenantSpec(msgspec.Struct, forbid_unknown_fields=True):
@@ -112,15 +113,16 @@ class Office:
         """All of them, or one tenant's, in the order of their ids."""
         return sorted(self._database.keys.list(tenant), key=lambda record: record.id)
 
-    def update(self, id: str, spec: KeySpec, actor: str) -> KeyRecord:
-        """The key with what is set in the order."""
+    def update(self, id: str, spec: KeySpec, actor: str, if_version: int | None = None) -> KeyRecord:
+        """The key with what is set in the order. Raises `VersionConflict`, as everything with `if_version` does, when
+        its last change had another."""
         before = self.key(id)
         if spec.tenant is not UNSET and spec.tenant != before.tenant:
             raise BadValue("tenant", "never changes", "create a key for the other tenant, and revoke this one")
         changes = self._key_changes(spec, before.limits, self._now())
-        return self._database.keys.update(id, changes, actor) if changes else before
+        return self._database.keys.update(id, changes, actor, if_version) if changes else before
 
-    def rotate(self, id: str, overlap_s: float, actor: str) -> tuple[KeyRecord, str]:
+    def rotate(self, id: str, overlap_s: float, actor: str, if_version: int | None = None) -> tuple[KeyRecord, str]:
         """A new key with the same rights; the old one ends after the overlap, or when it would have ended anyway.
 
         The new one can be rotated in its turn. Raises `Conflict` for a key that is replaced already, or not valid.
@@ -132,14 +134,14 @@ class Office:
         if (state := key_state(before, now)) != "valid":
             raise Conflict(f"the key {id} is {state}, and so would be one in its place: create a new one")
         record, key = self._minted(msgspec.structs.asdict(before), now)
-        self._database.keys.rotate(id, record, now + overlap_s, actor)
+        self._database.keys.rotate(id, record, now + overlap_s, actor, if_version)
         return record, key
 
-    def revoke(self, id: str, actor: str) -> KeyRecord:
+    def revoke(self, id: str, actor: str, if_version: int | None = None) -> KeyRecord:
         """Take the key off the record, for good; the record as it was."""
         before = self.key(id)
         try:
-            self._database.keys.remove(id, actor)
+            self._database.keys.remove(id, actor, if_version)
         except NotFound:  # somebody else was quicker
             raise UnknownName(_no_key(id)) from None
         return before
@@ -184,6 +186,8 @@ class Office:
             changes["raises"] = _raises(spec.raises, now)
         if spec.disabled is not UNSET:
             changes["disabled"] = spec.disabled
+        if spec.capture_content is not UNSET:
+            changes["capture_content"] = spec.capture_content
         if spec.expires is not UNSET:
             changes["expires_unix_s"] = _end(spec.expires, now)
         if spec.metadata is not UNSET:
@@ -205,7 +209,7 @@ class Office:
     def tenants(self) -> list[TenantRecord]:
         return sorted(self._database.tenants.list(), key=lambda record: record.name)
 
-    def put_tenant(self, name: str, spec: TenantSpec, actor: str) -> TenantRecord:
+    def put_tenant(self, name: str, spec: TenantSpec, actor: str, if_version: int | None = None) -> TenantRecord:
         """The tenant with what is set in the order; made if there is none."""
         before = self.tenant_or_new(name)
         changes: dict[str, Any] = {}
@@ -226,7 +230,16 @@ class Office:
             changes["disabled"] = spec.disabled
         if spec.metadata is not UNSET:
             changes["metadata"] = checked_metadata("metadata", spec.metadata)
-        return self._database.tenants.put(msgspec.structs.replace(before, **changes), actor)
+        return self._database.tenants.put(msgspec.structs.replace(before, **changes), actor, if_version)
+
+    def remove_tenant(self, name: str, actor: str, if_version: int | None = None) -> TenantRecord:
+        """Take a tenant off the record; the record as it was. Raises `Conflict` while it has keys."""
+        before = self.tenant(name)
+        try:
+            self._database.tenants.remove(name, actor, if_version)
+        except NotFound:  # somebody else was quicker
+            raise UnknownName(f"there is no tenant {name!r} in the database") from None
+        return before
 
     def tenant_or_new(self, name: str) -> TenantRecord:
         """What is on record, or a tenant of which nothing is."""
@@ -339,6 +352,7 @@ def key_shown(record: KeyRecord, now_unix_s: float) -> dict[str, Any]:
         "expires": None if record.expires_unix_s is None else shown(record.expires_unix_s),
         "replaced_by": record.replaced_by,
         "metadata": record.metadata,
+        "capture_content": record.capture_content,
     }
 
 

@@ -71,6 +71,12 @@ def _rights(parser: argparse.ArgumentParser) -> None:
         "--max-output-tokens", type=_whole_or_none, metavar="N", help="the most that a request may ask for; or none"
     )
     parser.add_argument("--expires", metavar="TIME", help=f"never (default), {_TIMES}")
+    parser.add_argument(
+        "--capture-content",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put the texts of its requests and answers into their traces; default: no",
+    )
     _limit(parser, "--limit", "limits", "its own limit, such as requests_per_minute=60; none takes it away")
     parser.add_argument("--metadata", action="append", metavar="NAME=TEXT", help="your own notes, all of them")
 

@@ -61,3 +61,5 @@ class KeyRecord(msgspec.Struct, frozen=True):
     replaced_by: str | None = None
     """The key that took its place in a rotation."""
     metadata: dict[str, Any] = {}
+    capture_content: bool = False
+    """The texts of its requests and their answers go into their traces."""

@@ -34,6 +34,7 @@ import msgspec
 
 from gateway.config import Settings
 from gateway.keys.principal import Principal
+from gateway.keys.records import KeyRecord, TenantRecord
 from gateway.limits.sets import LimitSet, Raise, overlaid
 from gateway.store.limits import Budget, Rate, Scope, Unit
 
@@ -196,10 +197,34 @@ class Planner:
         _keep(self._with_users, (plan, digest), (found, version), self._max_plans)
         return found
 
-    def _made(self, principal: Principal, route_name: str, now_unix_s: float) -> _Maker:
+    # -- for operators: nothing is kept of what these make
+
+    def recent(self) -> list[tuple[Principal, str, Plan]]:
+        """Whose plans are kept, and for which model: those that began to send requests last come first."""
+        return [(principal, route, plan) for (principal, route), (plan, _) in reversed(self._plans.items())]
+
+    def recent_users(self) -> list[tuple[Plan, Plan]]:
+        """Plans of requests with an end user, each with the same without the user's limits; the newest first."""
+        return [(plan, with_user) for (plan, _), (with_user, _) in reversed(self._with_users.items())]
+
+    def look(self, principal: Principal, route_name: str | None, now_unix_s: float) -> Plan:
+        """The limits of a key and of its tenant, and for a model those of its use, without those of end users."""
+        return self._made(principal, route_name, now_unix_s).plan(None)
+
+    def limited_models(self, tenant: TenantRecord) -> list[str]:
+        """The models with limits of their own for this tenant, or for all tenants together."""
+        return [
+            name
+            for name, (of_model, of_each_tenant) in self._models.items()
+            if _limits_anything(of_model) or _limits_anything(of_each_tenant) or name in tenant.model_limits
+        ]
+
+    def unraised(self, holder: KeyRecord | TenantRecord) -> LimitSet:
+        """The limits of a key or of a tenant as they are without temporary changes."""
+        return overlaid(self._key if isinstance(holder, KeyRecord) else self._tenant, holder.limits)
+
+    def _made(self, principal: Principal, route_name: str | None, now_unix_s: float) -> _Maker:
         key, tenant = principal.key, principal.tenant
-        model = route_name if route_name in self._models else route_name.rpartition(":")[0]
-        of_model, of_each_tenant = self._models.get(model, (_NO_LIMITS, _NO_LIMITS))
         tag = f"{{t:{_safe(tenant.name)}}}"
         maker = _Maker(tag, self.book, now_unix_s)
         if key is not None:
@@ -209,6 +234,10 @@ class Planner:
         limits = maker.raised(overlaid(self._tenant, tenant.limits), tenant.raises)
         maker.billed.append(f"{tag}:t")
         maker.add(f"{tag}:t", f"tenant {tenant.name}", limits)
+        if route_name is None:
+            return maker
+        model = route_name if route_name in self._models else route_name.rpartition(":")[0]
+        of_model, of_each_tenant = self._models.get(model, (_NO_LIMITS, _NO_LIMITS))
         limits = overlaid(of_each_tenant, tenant.model_limits.get(model, _NO_LIMITS))
         maker.add(f"{tag}:m:{_safe(model)}", f"model {model} for tenant {tenant.name}", limits)
         maker.add(f"{{m:{_safe(model)}}}:m", f"model {model}", of_model)

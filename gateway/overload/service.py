@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from random import Random
 from typing import Any, Protocol
 
@@ -221,6 +221,16 @@ class Overload:
         return f"the event loop has been late for {LAG_FOR_S:g} s, now by {reading.lag_s * 1000:.0f} ms"
 
     # -- what is told of it
+
+    @property
+    def cause(self) -> Cause | None:
+        """What is short; None at level 0."""
+        return self._levels.cause if self.level else None
+
+    @property
+    def shed(self) -> Mapping[tuple[Band, Cause], int]:
+        """Requests refused so that others could be served, by their class and what was short."""
+        return self._shed
 
     def state(self) -> dict[str, Any]:
         """For operators, as JSON."""

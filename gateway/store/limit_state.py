@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gateway.store.limits import US_PER_MINUTE, Scope
+from gateway.store.limits import US_PER_MINUTE, Reading, Scope
 
 UNNAMED_END_US = 40 * 86_400 * 1_000_000
 """How long a budget without an end is remembered from its first request on: longer than any month."""
@@ -103,6 +103,24 @@ class State:
             if current[0] == period:
                 return current if current[1] >= floor_micros else (period, floor_micros, current[2])
         return period, floor_micros, ends_at_us or now_us + UNNAMED_END_US
+
+
+def read(state: State | None, scope: Scope, now_us: int) -> Reading:
+    """How a scope stands; None: it is idle. Leases that ran out are left where they are, and not counted."""
+    state = state or State()
+    in_use, reserved_micros = len(state.leases), state.reserved_micros
+    for until_us, id in state.leases:
+        if until_us > now_us:
+            break
+        in_use -= 1
+        reserved_micros -= state.held[id][1]
+    return Reading(
+        now_us,
+        tuple([state.marks_us[rate.unit] for rate in scope.rates]),
+        in_use,
+        reserved_micros,
+        tuple([state.budget(budget, now_us)[1] for budget in rule_of(scope).budgets]) if scope.budgets else (),
+    )
 
 
 class Plan:

@@ -113,6 +113,21 @@ class Admission(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Every limit that said no, those of shadow scopes included."""
 
 
+class Reading(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How one scope stands, without anything being charged."""
+
+    now_us: int
+    """The store's own time of it."""
+    marks_us: tuple[int, ...]
+    """Of the scope's rates, as given; one that lies in the past is told as it is, or as 0."""
+    in_use: int
+    """Leases that have not run out: requests under way, where concurrency or money is limited."""
+    reserved_micros: int
+    """What these reserve of the money."""
+    spent_micros: tuple[int, ...]
+    """Of the scope's budgets: what settled requests have used in the period, the reservations left out."""
+
+
 class Held(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A reservation that goes on, as its gateway knows it."""
 
@@ -147,4 +162,8 @@ class Limits(Protocol):
 
     async def renew(self, held: Sequence[Held], lease_us: int) -> None:
         """Let the leases run for `lease_us` from now on. Leases and money that the store has lost are put back."""
+        ...
+
+    async def read(self, scopes: Sequence[Scope]) -> list[Reading]:
+        """How each scope stands, for operators: nothing is changed by it, not even what has run out is dropped."""
         ...

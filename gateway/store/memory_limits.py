@@ -26,8 +26,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from math import ceil
 
-from gateway.store.limit_state import CHARGED, FREE, LEASED, Plan, Rule, State
-from gateway.store.limits import Admission, Cost, Held, Refusal, Scope, Unit
+from gateway.store.limit_state import CHARGED, FREE, LEASED, Plan, Rule, State, read
+from gateway.store.limits import Admission, Cost, Held, Reading, Refusal, Scope, Unit
 
 PRUNE = 64
 """Leases that ran out which one operation drops from each scope, unless their money would refuse a request."""
@@ -193,6 +193,11 @@ class Limiter:
                     state = self._state(rule.key)
                     state.drop_all_expired(now_us)
                     state.hold(one.id, one.reserved.micros, now_us + lease_us)
+
+    def read(self, scopes: Sequence[Scope], now_us: int) -> list[Reading]:
+        """How the scopes stand. Nothing is changed, and no state is made of a scope that has none."""
+        now_us = max(now_us, self._now_us)
+        return [read(self._states.get(scope.key), scope, now_us) for scope in scopes]
 
     def __len__(self) -> int:
         """Scopes, unsettled admissions and ended ids in memory."""
@@ -421,6 +426,12 @@ class MemoryLimits:
 
     def renew_now(self, held: Sequence[Held], lease_us: int) -> None:
         self._limiter.renew(held, lease_us, self._clock_us())
+
+    def read_now(self, scopes: Sequence[Scope]) -> list[Reading]:
+        return self._limiter.read(scopes, self._clock_us())
+
+    async def read(self, scopes: Sequence[Scope]) -> list[Reading]:
+        return self.read_now(scopes)
 
     async def admit(self, id: str, scopes: Sequence[Scope], cost: Cost, lease_us: int) -> Admission:
         return self.admit_now(id, scopes, cost, lease_us)

@@ -78,6 +78,8 @@ class Board:
                 replica.work.peer(FOREIGN, None, now)
             elif kind == notes.LOADING:
                 replica.loading = frozenset()
+            elif kind == notes.GPUS:
+                upstream.gpus = ()
         elif kind == notes.PROBE:
             self._probe(replica, upstream, _read(value, notes.ProbeNote), old, now)
         elif kind == notes.LOAD:
@@ -86,6 +88,9 @@ class Board:
             _info(replica, upstream, pool.routing, _read(value, notes.InfoNote), now)
         elif kind == notes.ADAPTERS:
             _adapters(upstream, _read(value, notes.AdaptersNote))
+        elif kind == notes.GPUS:
+            gpus = _read(value, notes.GpusNote)
+            upstream.gpus = () if gpus is None else gpus.gpus
         elif kind == notes.LOADING:
             loading = _read(value, notes.LoadingNote)
             replica.loading = frozenset() if loading is None else frozenset(loading.adapters)

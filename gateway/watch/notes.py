@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad
+from backends.gpus import Gpu
 from routing.types import Replica
 
 PROBE = "probe"
@@ -16,6 +17,7 @@ LOAD = "load"
 INFO = "info"
 ADAPTERS = "adapters"
 LOADING = "loading"
+GPUS = "gpus"
 DRAIN = "drain"
 EJECTED = "ejected"
 RECOVERED = "recovered"
@@ -52,6 +54,10 @@ class LoadingNote(msgspec.Struct, frozen=True):
     """What a replica is being told to load by one of the workers."""
 
     adapters: tuple[str, ...]
+
+
+class GpusNote(msgspec.Struct, frozen=True):
+    gpus: tuple[Gpu, ...]
 
 
 class DrainNote(msgspec.Struct, frozen=True):

@@ -14,16 +14,18 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any
 
 import msgspec
 
 from backends.dialects.protocol import Adapter, AdapterRefused, EngineInfo, EngineLoad, NotOffered, Readiness
-from backends.side import SideChannelError, Trouble
-from backends.signals import ADAPTERS, INFO, LOAD
+from backends.gpus import read_gpus
+from backends.side import SideChannel, SideChannelError, Trouble
+from backends.signals import ADAPTERS, GPUS, INFO, LOAD
 from backends.upstream import Upstream
-from gateway.config import Backend
+from gateway.config import Backend, Dcgm
 from gateway.store.protocol import MAX_VALUE_BYTES, Store, StoreError
 from gateway.watch import notes
 from routing.adapters import room
@@ -34,6 +36,8 @@ OWN_PROBE_S = 2.0
 HOSTED_PROBE_S = 30.0
 INFO_S = 30.0
 ADAPTERS_S = 5.0
+GPUS_S = 15.0
+"""Half of the period at which NVIDIA's exporter reads the devices."""
 NOT_OFFERED_S = 60.0
 """How long what an engine does not offer is not asked for again, unless it begins anew before."""
 LONGEST_FACT_S = 86_400.0
@@ -49,6 +53,8 @@ class Patrol:
         """`model`: the name that its requests carry; a hosted API is asked about that one."""
         self._upstream = upstream
         self._health = backend.health
+        self._dcgm = next((each.dcgm for each in backend.replicas if each.name == upstream.replica.name), None)
+        self._exporter: SideChannel | None = None
         self._wanted = {each.name: each.path for each in backend.adapters}
         self._adapters_load = backend.adapters_load
         self._adapter_slots: int | None = None
@@ -89,6 +95,8 @@ class Patrol:
             for task in self._errands.values():
                 task.cancel()
             self._errands.clear()
+            if self._exporter is not None:
+                await self._exporter.aclose()
             with suppress(StoreError):
                 await self._store.release(self._lease("watch"), self._holder)
 
@@ -103,6 +111,8 @@ class Patrol:
                 self._holding = True
                 self._adopt()
             await self._do(probe=self._probe, load=self._ask_load)
+            if self._dcgm is not None:
+                await self._do(gpus=partial(self._ask_gpus, self._dcgm))
             if not self._was_away:
                 await self._do(rest=self._ask_rest)
         else:
@@ -203,6 +213,24 @@ class Patrol:
         load = replace(load, resident_adapters=None)  # asked for by itself, and may be long
         note = notes.LoadNote(load, prefill_speed(last, load), has_progressed(last, load))
         await self._post(notes.LOAD, note, 5 * self._health.load_interval_s + self._health.timeout_s)
+
+    async def _ask_gpus(self, dcgm: Dcgm) -> None:
+        if not self._is_due(GPUS, GPUS_S):
+            return
+        upstream = self._upstream
+        if self._exporter is None:
+            self._exporter = SideChannel(origin=dcgm.origin, timeout_s=self._health.timeout_s)
+        try:
+            page = (await self._exporter.get(dcgm.path)).expect().body
+        except SideChannelError as error:
+            upstream.signals.lacks(GPUS, str(error))
+            return
+        found = read_gpus(page, dcgm.gpus, dcgm.labels)
+        if found:
+            upstream.signals.has(GPUS)
+        else:
+            upstream.signals.lacks(GPUS, "no GPU on the exporter's page is one of those configured")
+        await self._post(notes.GPUS, notes.GpusNote(found), 5 * GPUS_S)
 
     async def _ask_info(self) -> None:
         if not self._is_due(INFO, INFO_S):

@@ -96,6 +96,8 @@ class Guarded:
         self._chooser = chooser
         self._instead = LeastOutstanding(rng)
         self._complained = False
+        self.failures = 0
+        """How often another policy had to decide in its place."""
 
     def __call__(self, request: InferenceRequest, candidates: Sequence[Replica], view: View) -> Replica:
         # Copies, so that whatever is done to them, the request keeps its region lock and there is something left to
@@ -116,6 +118,7 @@ class Guarded:
         return self._instead(request, candidates, view)
 
     def _complain(self, problem: str, error: Exception | None) -> None:
+        self.failures += 1
         if not self._complained:
             self._complained = True
             logger.error(

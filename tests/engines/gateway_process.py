@@ -164,7 +164,19 @@ def running_gateway(
     with (
         (folder / "gateway.log").open("wb+") as log,
         subprocess.Popen(
-            tethered([sys.executable, "-m", "gateway", "serve", "--config", str(config), "--workers", str(workers)]),
+            tethered(
+                [
+                    sys.executable,
+                    "-m",
+                    "gateway",
+                    "serve",
+                    "--log-format=text",
+                    "--config",
+                    str(config),
+                    "--workers",
+                    str(workers),
+                ]
+            ),
             env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,

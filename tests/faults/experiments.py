@@ -94,7 +94,6 @@ EXPERIMENTS: dict[int, Experiment] = {
         "admin in a browser",
         "cross-site requests, framing, sessions, script in names",
         "refused, and sessions end when they should",
-        "the dashboard, which has the sessions, is not built yet",
     ),
     40: Experiment("canaries", "secrets and prompts through every path", "in no log, metric, trace or answer"),
 }

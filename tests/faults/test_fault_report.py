@@ -30,7 +30,6 @@ def cells(lines: list[report.Line]) -> dict[str, list[list[str]]]:
 def test_every_experiment_has_a_row_whatever_has_run() -> None:
     assert list(cells([])) == [str(number) for number in range(1, 41)]
     assert all(row[0][4].startswith("not run: ") for row in cells([]).values())
-    assert cells([])["39"][0][4] == "not run: the dashboard, which has the sessions, is not built yet"
 
 
 def test_findings_stand_beside_each_other_and_the_newest_counts() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from gateway.admin import admin_app
+from gateway.admin.app import admin_app
 from gateway.listener import admin_listener, bind_tcp, listen
 from gateway.order import CHAT
 from gateway.state import LocalSource

@@ -102,6 +102,7 @@ async def gateway(folder: Path, engine: FakeEngine, redis: RedisServer) -> Async
             "key": {"requests_per_minute": 100_000, "tokens_per_minute": 10_000_000, "concurrent_requests": 100}
         },
         "usage_log": {"path": f"{folder}/usage.jsonl"},
+        "logging": {"requests": True},
         "models": {
             "m": {"backend": "pool", "price": {"input": 1.0, "output": 2.0}, "isolate_tenants": True},
             "h": {"backend": "hosted", "price": {"input": 1.0, "output": 2.0}},

@@ -17,11 +17,12 @@ from pydantic import SecretStr
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.admin import Guard, admin_app, private_app
+from gateway.admin.app import admin_app, private_app
+from gateway.admin.guard import Guard
 from gateway.edges.hosts import host_name
 from gateway.listener import admin_listener, bind_tcp, bind_uds, listen
 from gateway.owner import StateError, state_directory, stored_token
-from gateway.sources import AdapterChange, AdapterResult, RemoteSource, Silent, Source
+from gateway.sources import RemoteSource, Silent, Source
 from gateway.state import LocalSource
 from loadtests.engine import FakeEngine
 from tests.support.serving import Serving, serving, settings_for
@@ -94,6 +95,7 @@ async def test_every_route_is_closed_without_the_token(host: str) -> None:
         "/admin/replicas/{pool}/{replica}/undrain",
         "/admin/adapters",
         "/admin/adapters/{pool}/{name:path}",
+        "/admin/openapi.json",
     }
     async with served(admin_app([], host=host, token=SecretStr(TOKEN))) as client:
         for path in [*(route.path for route in routes), "/admin", "/admin/", "/", "/admin/fleet/", "/metrics/", "//x"]:
@@ -289,27 +291,11 @@ async def test_half_an_answer_counts_as_none(tmp_path_factory: pytest.TempPathFa
 
 
 async def test_a_defect_is_answered_without_its_text() -> None:
-    class Broken:
-        index = 0
-
+    class Broken(RemoteSource):
         async def fleet(self) -> dict[str, Any]:
             raise ValueError("a prompt")
 
-        async def metrics(self) -> list[Any]:
-            return []
-
-        async def usage(self, limit: int) -> list[dict[str, Any]]:
-            return []
-
-        async def explain(self, question: bytes) -> dict[str, Any]:
-            return {}
-
-        async def drain(self, pool: str, replica: str, draining: bool) -> None: ...
-
-        async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
-            return []
-
-    async with served(private_app([Broken()])) as client:
+    async with served(private_app([Broken(0, "nowhere")])) as client:
         answer = await client.get("/admin/fleet")
     assert answer.status_code == 500
     assert "a prompt" not in answer.text

@@ -176,7 +176,7 @@ async def test_a_configured_token_wins_and_nothing_is_stored(tmp_path: Path) -> 
         async with httpx2.AsyncClient(trust_env=False) as client:
             headers = {"authorization": "Bearer 0123456789abcdef0123456789abcdef"}
             assert (await client.get(f"{admin}/admin/fleet", headers=headers)).status_code == 200
-    assert not gateway.state.exists()
+    assert not (gateway.state / "admin-token").exists()
     assert "0123456789abcdef" not in "\n".join(gateway.log)
 
 
@@ -293,6 +293,18 @@ def test_exceptions_are_logged_without_what_they_quote(formatter: logging.Format
     assert "ValueError" in written
     assert "caused by KeyError" in written
     assert "in _raise" in written
+
+
+def test_a_message_can_neither_steer_a_terminal_nor_pass_for_another_line() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(TextLines())
+    logger = logging.Logger("tidegate")
+    logger.addHandler(handler)
+    logger.warning("replica %s says: %s", "a", "\x1b[2Jno\r\n2026-01-31T12:00:00.000Z INFO tidegate: all is well\u202e")
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("WARNING tidegate: replica a says: \\x1b[2Jno\\r")
+    assert second == "  2026-01-31T12:00:00.000Z INFO tidegate: all is well\\u202e"
 
 
 def test_errors_of_the_operating_system_keep_their_text() -> None:

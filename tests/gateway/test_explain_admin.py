@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from gateway.admin import MAX_QUESTION_BYTES, admin_app, private_app
+from gateway.admin.app import MAX_QUESTION_BYTES, admin_app, private_app
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.sources import RemoteSource, Source

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from gateway.admin import admin_app
+from gateway.admin.app import admin_app
 from gateway.cli import main
 from gateway.config import Settings
 from gateway.state import LocalSource

@@ -143,6 +143,18 @@ async def test_when_nobody_answers_the_client_hears_the_last_one() -> None:
         assert record.outcome is Outcome.UPSTREAM_ERROR
 
 
+async def test_where_it_was_tried_last_is_one_place_though_the_fallbacks_have_no_replica() -> None:
+    async with three() as fleet:
+        fleet.own.script = Behaviour(status=500)
+        pools = fleet.gateway.runtime.fleet.pools
+        pools["small"].replicas[0].draining = pools["far"].replicas[0].draining = True
+        reply = await ask(fleet.gateway, CHAT)
+        assert (reply.status, fleet.asked) == (503, (1, 0, 0))
+        (record,) = await fleet.gateway.settled()
+        assert (record.pool, record.replica) == ("pool", reply.headers["x-tidegate-replica"])
+        assert await metric(fleet.gateway, "tidegate_attempts_total", pool="pool") == 1
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 async def test_the_clients_own_mistake_is_nobody_elses(status: int) -> None:
     async with three() as fleet:

@@ -6,6 +6,7 @@ import asyncio
 import re
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,38 +16,46 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from backends.gpus import Gpu
 from backends.ticker import Ticker
 from backends.usage import Usage
 from gateway.adapters import AdapterKeeper
 from gateway.admission.opening import Admission
 from gateway.attempt_metrics import AttemptMetrics
+from gateway.build_metrics import Reloads
 from gateway.config.overload import Overload as OverloadSettings
 from gateway.errors import GatewayError, Overloaded
 from gateway.fallback import Fallbacks
-from gateway.fleet import build_fleet
+from gateway.fleet import Fleet, build_fleet
+from gateway.gpu_metrics import gpu_families
 from gateway.histogram import Histogram
 from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.limits.plan import Plan
 from gateway.limits.sets import LimitSet
+from gateway.log_metrics import log_families
 from gateway.metrics import (
     TTFT_BUCKETS_S,
     UNKNOWN_MODEL,
     Metrics,
     health_families,
     process_families,
+    rented_of,
     replica_families,
 )
 from gateway.order import Call, read_order
 from gateway.overload.service import Overload
-from gateway.record import Exchange, Outcome
+from gateway.record import Attempt, Exchange, Outcome
 from gateway.retry_view import retry_families
 from gateway.route_metrics import route_families
 from gateway.runtime import ByteBudget
 from gateway.spill import Overflow
+from gateway.steering.shadow import shadow_families
 from gateway.store import MemoryStore
 from gateway.store.limits import Admission as Answer
 from gateway.store.limits import Rate, Refusal, Scope, Unit
 from gateway.store.places import Band
+from gateway.telemetry.counts import telemetry_families
+from gateway.tenant_metrics import MAX_TENANTS, OTHER_TENANT
 from gateway.verdict import Again, Verdict
 from gateway.watch.witness import Witness
 from loadtests.engine import FakeEngine
@@ -86,7 +95,11 @@ def value(metrics: Metrics, sample: str, **labels: str) -> float | None:
 def everything() -> list[Metric]:
     """All families of a worker, with samples in them."""
     metrics = Metrics()
-    metrics.observe(settled(usage=Usage(1, 1, 1), cost_usd=0.1, replica="pool-0", attempts=1, first_content_at=11.0))
+    metrics.observe(
+        settled(
+            usage=Usage(1, 2, 1), cost_usd=0.1, replica="pool-1", first_content_at=11.0, tenant="t", **failed_over()
+        )
+    )
     replica = Replica("pool-0", "pool", "http://x", "openai")
     replica.load = Load(0.0, running=1, waiting=2, kv_use=0.5, prefill_us_per_token=80.0)
     replica.meter.state(8, 4096)
@@ -106,7 +119,31 @@ def everything() -> list[Metric]:
         *overload_metrics(),
         *route_families([used_pool()]),
         *retry_families([used_pool()], 0.0),
+        *Reloads().families(),
+        *log_families(None, None),
+        *telemetry_families(sent=1, dropped={"rate": 1}, reports={"sent": 1}),
+        *gpu_metrics(),
+        *shadow_families(shadowed_fleet()),
     ]
+
+
+def shadowed_fleet() -> Fleet:
+    """One with a model whose shadow policy has not been asked yet."""
+    settings = settings_for(["http://x"], models={"m": {"backend": "pool", "shadow": {"policy": "round_robin"}}})
+    return build_fleet(settings, Ticker(), 0.0)
+
+
+def failed_over() -> dict[str, Any]:
+    """Two attempts, at two replicas."""
+    tries = (Attempt("pool", "pool-0", "cold", 10.0, code="upstream_disconnected"), Attempt("pool", "pool-1", "", 10.1))
+    return {"attempts": 2, "tries": tries}
+
+
+def gpu_metrics() -> list[Metric]:
+    fleet = build_fleet(settings_for(["http://127.0.0.1:1"]), Ticker(), 0.0)
+    for upstream in fleet.upstreams():
+        upstream.gpus = (Gpu("0", 0.5, 1, 2, 300.0),)
+    return list(gpu_families(fleet.upstreams()))
 
 
 def attempt_metrics() -> list[Metric]:
@@ -184,10 +221,102 @@ def test_tokens_and_cost_add_up() -> None:
     metrics = Metrics()
     for _ in range(3):
         metrics.observe(settled(usage=Usage(10, 5, 4), cost_usd=0.25))
-    assert value(metrics, "tidegate_tokens_total", model="m", kind="prompt") == 30
-    assert value(metrics, "tidegate_tokens_total", model="m", kind="cached_prompt") == 12
-    assert value(metrics, "tidegate_tokens_total", model="m", kind="completion") == 15
-    assert value(metrics, "tidegate_cost_usd_total", model="m") == 0.75
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="prompt", source="own") == 30
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="cached_prompt", source="own") == 12
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="completion", source="own") == 15
+    assert value(metrics, "tidegate_cost_usd_total", model="m", source="own") == 0.75
+
+
+def test_what_rented_replicas_use_is_counted_apart() -> None:
+    metrics = Metrics()
+    engine = {"engine": "openai", "replicas": [{"url": "http://127.0.0.1:1"}]}
+    fleet = build_fleet(
+        settings_for([], backends={"pool": engine, "rented": {**engine, "hosted": True}}), Ticker(), 0.0
+    )
+    metrics.rented = rented_of(fleet.upstreams())
+    for pool, output in (("pool", 5), ("rented", 7), ("rented", 7)):
+        metrics.observe(settled(usage=Usage(10, output), cost_usd=0.5, pool=pool, replica=f"{pool}-0", attempts=1))
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="completion", source="own") == 5
+    assert value(metrics, "tidegate_tokens_total", model="m", kind="completion", source="rented") == 14
+    assert value(metrics, "tidegate_cost_usd_total", model="m", source="own") == 0.5
+    assert value(metrics, "tidegate_cost_usd_total", model="m", source="rented") == 1.0
+
+
+def test_tenants_are_counted_by_name_up_to_a_hundred() -> None:
+    metrics = Metrics()
+    for number in range(MAX_TENANTS + 20):
+        metrics.observe(settled(tenant=f"t{number}", usage=Usage(10, 5, 4), cost_usd=0.25))
+    metrics.observe(settled(tenant="t0", outcome=Outcome.REJECTED))
+    assert value(metrics, "tidegate_tenant_requests_total", tenant="t0", outcome="completed") == 1
+    assert value(metrics, "tidegate_tenant_requests_total", tenant="t0", outcome="rejected") == 1
+    assert value(metrics, "tidegate_tenant_tokens_total", tenant="t0", kind="cached_prompt") == 4
+    assert value(metrics, "tidegate_tenant_tokens_total", tenant=OTHER_TENANT, kind="prompt") == 200
+    assert value(metrics, "tidegate_tenant_cost_usd_total", tenant=OTHER_TENANT) == 5.0
+    assert len(families(metrics)["tidegate_tenant_cost_usd"].samples) == MAX_TENANTS + 1
+
+
+def test_the_time_of_a_token_is_that_between_the_first_and_the_last() -> None:
+    metrics = Metrics()
+    metrics.observe(settled(first_content_at=11.0, usage=Usage(10, 11)))  # ends at 12.0
+    assert value(metrics, "tidegate_time_per_output_token_seconds_sum", model="m") == pytest.approx(0.1)
+    for other in (
+        settled(usage=Usage(10, 11)),
+        settled(first_content_at=11.0, usage=Usage(10, 1)),
+        settled(first_content_at=11.0, usage=Usage(10, 11), usage_estimated=True),
+        settled(first_content_at=11.0, usage=Usage(10, 11), outcome=Outcome.CLIENT_LEFT),
+    ):
+        metrics.observe(other)
+    assert value(metrics, "tidegate_time_per_output_token_seconds_count", model="m") == 1
+
+
+def test_durations_are_told_apart_by_the_size_of_the_prompt() -> None:
+    metrics = Metrics()
+    for tokens in (1, 999, 1000):
+        metrics.observe(settled(usage=Usage(tokens, 1)))
+    metrics.observe(settled(outcome=Outcome.REJECTED))
+    name = "tidegate_request_duration_seconds_count"
+    assert {size: value(metrics, name, model="m", prompt_size=size) for size in ("short", "long", "unknown")} == {
+        "short": 2,
+        "long": 1,
+        "unknown": 1,
+    }
+
+
+def test_a_failover_is_a_request_that_went_to_another_replica() -> None:
+    metrics = Metrics()
+    twice = (Attempt("pool", "pool-0", "cold", 10.0, code="upstream_disconnected"), Attempt("pool", "pool-0", "", 10.1))
+    for fields, outcome in (
+        (failed_over(), Outcome.COMPLETED),
+        (failed_over(), Outcome.UPSTREAM_ERROR),
+        ({**failed_over(), "hedged": True}, Outcome.COMPLETED),
+        ({"attempts": 2, "tries": twice}, Outcome.COMPLETED),
+        ({"attempts": 1, "tries": twice[:1]}, Outcome.UPSTREAM_ERROR),
+    ):
+        metrics.observe(settled(outcome=outcome, replica="pool-1", **fields))
+    assert value(metrics, "tidegate_failovers_total", model="m", result="answered") == 1
+    assert value(metrics, "tidegate_failovers_total", model="m", result="failed") == 1
+
+
+def test_reloads_are_counted_and_the_last_one_is_known() -> None:
+    reloads = Reloads()
+
+    def shown() -> dict[str, float]:
+        return {
+            f"{each.name} {each.labels.get('result', '')}".strip(): each.value
+            for family in reloads.families()
+            for each in family.samples
+        }
+
+    assert shown()["tidegate_config_last_reload_successful"] == 1
+    began = shown()["tidegate_config_in_force_since_timestamp_seconds"]
+    reloads.refused()
+    assert shown()["tidegate_config_last_reload_successful"] == 0
+    assert shown()["tidegate_config_in_force_since_timestamp_seconds"] == began
+    reloads.applied()
+    after = shown()
+    assert (after["tidegate_config_reloads_total applied"], after["tidegate_config_reloads_total refused"]) == (1, 1)
+    assert after["tidegate_config_last_reload_successful"] == 1
+    assert after["tidegate_config_in_force_since_timestamp_seconds"] >= began
 
 
 def test_the_capacity_of_a_replica_is_shown_as_far_as_it_is_known() -> None:
@@ -208,7 +337,7 @@ def test_time_to_first_content_is_only_counted_where_there_was_content() -> None
     assert value(metrics, "tidegate_ttft_seconds_count", model="m") == 1
     assert value(metrics, "tidegate_ttft_seconds_bucket", model="m", le="0.25") == 0
     assert value(metrics, "tidegate_ttft_seconds_bucket", model="m", le="0.5") == 1
-    assert value(metrics, "tidegate_request_duration_seconds_count", model="m") == 2
+    assert value(metrics, "tidegate_request_duration_seconds_count", model="m", prompt_size="unknown") == 2
 
 
 @given(st.lists(st.floats(0, 1000), max_size=40))

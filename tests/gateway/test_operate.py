@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gateway.cli import main
-from gateway.operate import state_of
+from gateway.operate import print_table, state_of
 from gateway.owner import stored_token
 from loadtests.engine import FakeEngine
 from tests.gateway.test_operations import configured, engines, watched
@@ -169,6 +169,15 @@ async def test_adapters_are_listed_loaded_and_unloaded(
         assert operator.out == "pool/pool-0  loaded\n"
         assert operator.err.startswith("pool/pool-1  not loaded: this SGLang has no /load_lora_adapter")
         assert await operator.run("adapters", "load", "pool", "c", "/missing", "--replica", "pool-1") == 1
+
+
+def test_what_an_engine_or_a_client_has_named_does_not_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([("NAME", "PATH"), ("\x1b[2Jcleared", "a\nb"), ("abc\u202e", "ü")])
+    assert capsys.readouterr().out.splitlines() == [
+        "NAME            PATH",
+        "\\x1b[2Jcleared  a\\nb",
+        "abc\\u202e       ü",
+    ]
 
 
 # -- finding the gateway

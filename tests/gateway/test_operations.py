@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from backends.dialects.protocol import Adapter, AdapterRefused
 from backends.side import SideChannelError, Trouble
-from gateway.admin import admin_app, private_app
+from gateway.admin.app import admin_app, private_app
 from gateway.config import Settings
 from gateway.sources import AdapterChange, Refused, RemoteSource, Silent, Source
 from gateway.state import LocalSource

@@ -13,7 +13,7 @@ from gateway.errors import StreamInterrupted
 from gateway.keys.principal import ANONYMOUS, Principal
 from gateway.leg import Leg
 from gateway.order import Call, read_order
-from gateway.record import Outcome
+from gateway.record import Attempt, Outcome
 from gateway.resumption import Resumption
 from gateway.verdict import Again, Verdict
 from loadtests.behaviour import Behaviour
@@ -226,7 +226,7 @@ async def test_what_a_hard_limit_bounds_goes_on_only_where_tokens_are_counted() 
         observe = resumption.begin_leg(first=True, rival=False)
         assert observe is not None
         pool = gateway.runtime.fleet.pools["pool"]
-        leg = Leg(None, pool.replicas[0], [], observe)  # type: ignore[arg-type]
+        leg = Leg(None, pool.replicas[0], Attempt("pool", "pool-0", "", 0.0), [], observe)  # type: ignore[arg-type]
         leg.passing = True
         verdict = Verdict(StreamInterrupted("broken"), Evidence.FAILED, Again.ONCE)
         chunk = {"id": "a", "choices": [{"index": 0, "delta": {"content": "one two"}}]}

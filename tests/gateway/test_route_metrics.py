@@ -145,6 +145,7 @@ def test_cached_tokens_are_compared_where_the_engine_says() -> None:
     families = list(metrics.families())
     assert samples(families, "tidegate_cached_tokens_predicted_total") == {("pool", "pool-0"): 150}
     assert samples(families, "tidegate_cached_tokens_reported_total") == {("pool", "pool-0"): 140}
+    assert samples(families, "tidegate_cached_tokens_prompt_total") == {("pool", "pool-0"): 240}
 
 
 def test_a_record_has_what_was_predicted_beside_what_was_observed() -> None:

@@ -27,6 +27,7 @@ from loadtests.engine import FakeEngine
 from loadtests.rawclient import CHAT
 from routing.types import InferenceRequest, Replica, View
 from tests.gateway.admission.keyed import KEY, OTHER, bearer, keyed, static
+from tests.support.client import until
 from tests.support.http import ask, streaming
 from tests.support.serving import Serving, serving, settings_for
 
@@ -389,6 +390,24 @@ async def test_what_was_spent_is_not_forgotten_while_a_reload_has_taken_the_spil
         await both.gateway.settled()
         runtime.reload(settings_for([], **given))
         assert await metric(both.gateway, "tidegate_spill_window_usd", window="day") == reserved > 0.0
+
+
+async def test_what_a_rented_replica_answers_after_a_reload_has_taken_it_out_counts_as_rented() -> None:
+    async with two() as both:
+        runtime = both.gateway.runtime
+        without: dict[str, Any] = sections(both.own, both.rented, {})
+        without["models"]["m"].pop("spill")
+        without["backends"].pop("rented")
+        both.busy()
+        both.rented.queue.append(Behaviour(chunks=2, interval_s=0.5))
+        async with streaming(both.gateway, STREAM) as reply:
+            await reply.until(b"data:")
+            runtime.reload(settings_for([], **without))
+            await reply.until(b"[DONE]")
+        await both.gateway.settled()
+        assert await metric(both.gateway, "tidegate_tokens_total", kind="completion", source="rented") == 2
+        assert await metric(both.gateway, "tidegate_tokens_total", kind="completion", source="own") == 0
+        await until(lambda: not runtime.metrics.rented)
 
 
 async def test_what_the_queue_foretells_counts_as_waiting() -> None:

@@ -192,6 +192,7 @@ def test_nobody_in_this_package_can_read_a_clock() -> None:
         "logging",
         "math",
         "operator",
+        "contextlib",
         "random",
         "statistics",
         "struct",

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.admin import Guard, private_app
+from gateway.admin.app import private_app
+from gateway.admin.guard import Guard
 from gateway.config import Settings
 from gateway.edges.hosts import HostList, host_name, hosts_of
 from loadtests.engine import FakeEngine

@@ -50,7 +50,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     write_config(
         folder / "tidegate.yaml", [f"http://127.0.0.1:{engine}"], server={"port": port}, admin={"enabled": False}
     )
-    command = python("-m", "gateway", "serve", "--config", str(folder / "tidegate.yaml"))
+    command = python("-m", "gateway", "serve", "--log-format=text", "--config", str(folder / "tidegate.yaml"))
     with (
         running(
             python("-m", "loadtests.engine", "--port", str(engine), "--chunks", "2"),

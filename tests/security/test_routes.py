@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -15,21 +17,28 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
-from gateway.admin import Guard, admin_app, private_app
+from gateway.admin.app import private_app
+from gateway.admin.guard import Guard
+from gateway.admin.sessions import COOKIE
+from gateway.admin.throttle import Throttle
 from gateway.api import RequestId, build_app
 from gateway.database.answers import Changes
 from gateway.edges.protocol import _HOT_PATHS
+from gateway.error_replies import ERROR_HANDLERS
+from gateway.key_routes import key_routes
 from gateway.keys.directory import Freshness
 from gateway.keys.errors import Forbidden, KeysUnavailable, TooManyFailedKeys, Unauthenticated
 from gateway.keys.failures import FailedKeys
 from gateway.keys.format import digest, mint
 from gateway.keys.records import KeyRecord, TenantRecord
-from gateway.listener import admin_listener, bind_tcp, listen
 from gateway.policy import GuardedRoute, UnguardedRoute, Who, guarded
-from gateway.state import LocalSource
 from loadtests.engine import FakeEngine
 from loadtests.rawclient import Reply
 from tests.gateway.admission.keyed import KEY, admitting, keyed
+from tests.support.admin_desk import OPERATOR as OPERATORS_TOKEN
+from tests.support.admin_desk import OWNER as ADMIN_TOKEN
+from tests.support.admin_desk import READER as READERS_TOKEN
+from tests.support.admin_desk import SAME_ORIGIN, AdminSide, admin_side, bearer
 from tests.support.client import connect
 from tests.support.serving import Serving
 
@@ -48,26 +57,74 @@ CLIENTS = {
     "/livez": Who.ANYONE,
     "/readyz": Who.ANYONE,
     "/openapi.json": Who.ANYONE,
+    # The gateway's own playground, by a secret of its own: without that these do not exist.
+    "/tidegate/playground/v1/chat/completions": Who.LOCAL,
+    "/tidegate/playground/v1/completions": Who.LOCAL,
 }
-OPERATORS = {
-    "/metrics": Who.LOCAL,
-    "/admin/fleet": Who.OPERATOR,
-    "/admin/usage": Who.OPERATOR,
-    "/admin/explain": Who.OPERATOR,
-    "/admin/replicas": Who.OPERATOR,
-    "/admin/replicas/{pool}/{replica}": Who.OPERATOR,
-    "/admin/replicas/{pool}/{replica}/drain": Who.OPERATOR,
-    "/admin/replicas/{pool}/{replica}/undrain": Who.OPERATOR,
-    "/admin/adapters": Who.OPERATOR,
-    "/admin/adapters/{pool}/{name:path}": Who.OPERATOR,
-    "/admin/keys": Who.OPERATOR,
-    "/admin/keys/{id}": Who.OPERATOR,
-    "/admin/keys/{id}/rotate": Who.OPERATOR,
-    "/admin/tenants": Who.OPERATOR,
-    "/admin/tenants/{name}": Who.OPERATOR,
-    "/admin/audit": Who.OPERATOR,
+ANYONE, LOCAL, READER, OPERATOR, OWNER = Who.ANYONE, Who.LOCAL, Who.READER, Who.OPERATOR, Who.OWNER
+OPERATORS: dict[str, dict[str, Who]] = {
+    "/metrics": {"GET": LOCAL},
+    # The dashboard's files and the way in: they say nothing of this gateway.
+    "/admin": {"GET": ANYONE},
+    "/admin/": {"GET": ANYONE},
+    "/admin/static/{path:path}": {"GET": ANYONE},
+    "/admin/session": {"GET": ANYONE, "POST": ANYONE, "DELETE": READER},
+    "/admin/session/ways": {"GET": ANYONE},
+    "/admin/session/oidc": {"GET": ANYONE},
+    "/admin/session/oidc/callback": {"GET": ANYONE},
+    "/admin/sessions": {"GET": OWNER, "DELETE": OWNER},
+    "/admin/openapi.json": {"GET": READER},
+    "/admin/audit": {"GET": READER},
+    # What there is, and what happens.
+    "/admin/fleet": {"GET": READER},
+    "/admin/fleet/map": {"GET": READER},
+    "/admin/fleet/replicas/{pool}/{replica}": {"GET": READER},
+    "/admin/usage": {"GET": READER},
+    "/admin/overview": {"GET": READER},
+    "/admin/events": {"GET": READER},
+    "/admin/requests": {"GET": READER},
+    "/admin/requests/{id}": {"GET": READER, "DELETE": OPERATOR},
+    "/admin/explain": {"POST": OPERATOR},
+    "/admin/playground": {"GET": READER, "POST": OPERATOR},
+    # What is steered.
+    "/admin/replicas": {"GET": READER},
+    "/admin/replicas/{pool}/{replica}": {"GET": READER},
+    "/admin/replicas/{pool}/{replica}/drain": {"POST": OPERATOR},
+    "/admin/replicas/{pool}/{replica}/undrain": {"POST": OPERATOR},
+    "/admin/replicas/{pool}/{replica}/weight": {"PUT": OPERATOR, "DELETE": OPERATOR},
+    "/admin/adapters": {"GET": READER, "POST": OPERATOR},
+    "/admin/adapters/{pool}/{name:path}": {"DELETE": OPERATOR},
+    "/admin/settings": {"GET": READER},
+    "/admin/reload": {"POST": OPERATOR},
+    "/admin/overrides": {"GET": READER, "PATCH": OPERATOR, "DELETE": OPERATOR},
+    "/admin/overrides/restore": {"POST": OPERATOR},
+    "/admin/policies": {"GET": READER},
+    "/admin/policies/compare": {"GET": READER, "POST": OPERATOR, "DELETE": OPERATOR},
+    "/admin/models/{model:path}/policy": {"PUT": OPERATOR, "DELETE": OPERATOR},
+    "/admin/models/{model:path}/shadow": {"PUT": OPERATOR, "DELETE": OPERATOR},
+    # Who gets in, how much of it, and what it costs.
+    "/admin/models/{model:path}/price": {"PUT": OWNER, "DELETE": OWNER},
+    "/admin/keys": {"GET": READER, "POST": OWNER},
+    "/admin/keys/{id}": {"GET": READER, "PATCH": OWNER, "DELETE": OWNER},
+    "/admin/keys/{id}/rotate": {"POST": OWNER},
+    "/admin/tenants": {"GET": READER},
+    "/admin/tenants/{name}": {"GET": READER, "PUT": OWNER, "DELETE": OWNER},
+    "/admin/undo/{entry}": {"POST": OWNER},
+    "/admin/limits": {"GET": READER},
+    "/admin/cost": {"GET": READER},
+    "/admin/cost.csv": {"GET": READER},
 }
-NOWHERE = ("/", "/admin", "/admin/", "/v1", "/v1/responses", "/metrics/x", "/docs", "/v1/chat/completions/", "/%2e%2e/")
+NOWHERE = (
+    "/",
+    "/admin/x",
+    "/admin/x/",
+    "/v1",
+    "/v1/responses",
+    "/metrics/x",
+    "/docs",
+    "/v1/chat/completions/",
+    "/%2e%2e/",
+)
 
 
 def routes_of(app: ASGIApp) -> dict[str, Who]:
@@ -111,24 +168,12 @@ def keys_of(found: Serving) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def both(folder: Path, edge: str = "protocol") -> AsyncIterator[tuple[Serving, tuple[str, int], ASGIApp]]:
-    """A gateway with keys, and its admin listener's address and application."""
+async def with_keys(folder: Path, edge: str = "protocol") -> AsyncIterator[Serving]:
+    """A gateway with keys."""
     async with FakeEngine() as engine, admitting(keyed(folder, [engine.url], edge=edge)) as found:
         # A walk shows more keys that open nothing than anybody may.
         found.runtime.gate._failed_keys = FailedKeys(per_s=1e9, burst=1e9)
-        routes = found.runtime.admission.admin_routes()
-        app = admin_app([LocalSource(found.runtime)], host="127.0.0.1", token=SecretStr(TOKEN), routes=routes)
-        sock = bind_tcp("127.0.0.1", 0, "admin.port")
-        listen([sock])
-        listener = admin_listener(app)
-        task = asyncio.create_task(listener.serve([sock]))
-        await listener.ready.wait()
-        try:
-            yield found, sock.getsockname()[:2], app
-        finally:
-            listener.cut()
-            listener.should_exit = True
-            await task
+        yield found
 
 
 async def ask(address: tuple[str, int], method: str, path: str, header: str) -> Reply:
@@ -142,6 +187,11 @@ async def ask(address: tuple[str, int], method: str, path: str, header: str) -> 
         return await client.reply()
 
 
+def filled(path: str) -> str:
+    """A path as somebody would ask for it."""
+    return re.sub(r"\{(\w+)(:path)?\}", r"\1", path)
+
+
 def paths(table: Iterable[str]) -> list[str]:
     return [
         path.replace("{pool}", "pool").replace("{model:path}", "m").replace("{", "").replace("}", "") for path in table
@@ -150,7 +200,7 @@ def paths(table: Iterable[str]) -> list[str]:
 
 @pytest.mark.parametrize("edge", ["protocol", "asgi"])
 async def test_every_route_of_clients_by_role_and_method(tmp_path: Path, edge: str) -> None:
-    async with both(tmp_path, edge) as (found, _, _app):
+    async with with_keys(tmp_path, edge) as found:
         assert routes_of(build_app(found.runtime)) == CLIENTS
         assert set(_HOT_PATHS.values()) <= {path for path, who in CLIENTS.items() if who is Who.KEY}
         address = (found.host, found.port)
@@ -161,7 +211,9 @@ async def test_every_route_of_clients_by_role_and_method(tmp_path: Path, edge: s
                     served = (method == "POST") == ("completions" in path or "embeddings" in path)
                     served = served and method in ("POST", "GET", "HEAD")
                     case = (role, method, path)
-                    if status == 405:
+                    if who is Who.LOCAL:
+                        assert status in (404, 405), (*case, status)
+                    elif status == 405:
                         assert not served, case
                     elif role == "client" or who is Who.ANYONE:
                         assert (status == 200) == served, (*case, status)
@@ -171,34 +223,153 @@ async def test_every_route_of_clients_by_role_and_method(tmp_path: Path, edge: s
                 assert (await ask(address, "GET", path, header)).status in (401, 404, 405)
 
 
-async def test_every_route_of_operators_by_role_and_method(tmp_path: Path) -> None:
-    async with both(tmp_path) as (found, address, app):
-        assert routes_of(app) == OPERATORS
-        for role, header in keys_of(found).items():
-            for path, who in zip(paths(OPERATORS), OPERATORS.values(), strict=True):
-                for method in METHODS:
-                    status = (await ask(address, method, path, header)).status
-                    if role == "operator" or who is Who.LOCAL:
-                        assert status != 401, (role, method, path)
-                    else:
-                        assert status == 401, (role, method, path)
-            for path in NOWHERE:
-                expected = 404 if role == "operator" else 401
-                assert (await ask(address, "GET", path, header)).status == expected, (role, path)
+def table_of(app: ASGIApp) -> dict[str, dict[str, Who]]:
+    """Every path of the admin listener, with whom each method is for; fails on anything that is no guarded route."""
+    inner = app.app if isinstance(app, Guard) else app
+    assert isinstance(inner, Starlette)
+    found: dict[str, dict[str, Who]] = {}
+    for route in inner.routes:
+        assert isinstance(route, GuardedRoute), route
+        for method in (route.methods or set()) - {"HEAD"}:
+            assert method not in found.setdefault(route.path, {}), (method, route.path)
+            found[route.path][method] = route.who
+    return found
+
+
+async def status_of(app: ASGIApp, method: str, path: str, headers: dict[str, str]) -> int:
+    """The status of an answer; what follows it is not waited for."""
+    started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    messages = iter([{"type": "http.request", "body": b"{}", "more_body": False}])
+
+    async def receive() -> Any:
+        if (message := next(messages, None)) is not None:
+            return message
+        return await asyncio.get_running_loop().create_future()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start" and not started.done():
+            started.set_result(message["status"])
+
+    given = [(b"host", b"localhost"), *((name.encode(), value.encode()) for name, value in headers.items())]
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"headers": given, "client": ("127.0.0.1", 1), "server": ("localhost", 1), "scheme": "http"}
+    scope |= {"root_path": "", "http_version": "1.1"}
+    task: asyncio.Future[Any] = asyncio.ensure_future(app(scope, receive, send))
+    await asyncio.wait([task, started], return_when=asyncio.FIRST_COMPLETED, timeout=30)
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task
+    return started.result()
+
+
+def shown_by(side: AdminSide, role: str) -> dict[str, str]:
+    """What somebody of this role shows. Sessions are opened anew, since some routes end them."""
+    kind, _, name = role.partition(" ")
+    tokens = {"owner": ADMIN_TOKEN, "operator": OPERATORS_TOKEN, "reader": READERS_TOKEN}
+    if kind == "token" and name in tokens:
+        return bearer(tokens[name])
+    if name in tokens:
+        id, _ = side.desk.access.sessions.open(f"session:{name}", Who(name))
+        site = SAME_ORIGIN if kind == "session" else {"sec-fetch-site": "cross-site", "x-tidegate-csrf": "1"}
+        return {"cookie": f"{COOKIE}={id}", **site}
+    id, session = side.desk.access.sessions.open("ended", Who.OWNER)
+    side.desk.access.sessions.end(session)
+    return {
+        "nobody": {},
+        "empty": bearer(""),
+        "wrong": bearer("w" * 43),
+        "nonsense": {"authorization": "Basic YTpi"},
+        "client": bearer(KEY),
+        "another header": {"x-api-key": ADMIN_TOKEN},
+        "ended session": {"cookie": f"{COOKIE}={id}", **SAME_ORIGIN},
+        "made up session": {"cookie": f"{COOKIE}={'x' * 43}", **SAME_ORIGIN},
+        "token as a cookie": {"cookie": f"{COOKIE}={ADMIN_TOKEN}", **SAME_ORIGIN},
+    }[role]
+
+
+KNOWN = tuple(f"{kind} {role}" for kind in ("token", "session") for role in ("reader", "operator", "owner"))
+UNKNOWN = (
+    *("nobody", "empty", "wrong", "nonsense", "client", "another header"),
+    *("ended session", "made up session", "token as a cookie"),
+)
+
+
+@pytest.mark.parametrize("role", [*KNOWN, *UNKNOWN, "foreign owner"])
+async def test_every_route_of_operators_by_role_and_method(tmp_path: Path, role: str) -> None:
+    async def changed() -> None: ...
+
+    routes = key_routes(lambda: None, None, changed)
+    async with admin_side(tmp_path, routes=routes) as side:
+        assert table_of(side.app) == OPERATORS
+        has = Who(role.partition(" ")[2]) if role in KNOWN else None
+        for path, table in OPERATORS.items():
+            for method in METHODS:
+                side.desk.access.throttle = Throttle(0.0)
+                who = table.get("GET" if method == "HEAD" else method)
+                status = await status_of(side.app, method, filled(path), shown_by(side, role))
+                case = (role, method, path, status)
+                is_open = {LOCAL, ANYONE} & set(table.values()) and (who is None or who in (LOCAL, ANYONE))
+                if is_open:
+                    assert (status == 405) == (who is None), case
+                    assert status != 401 or path == "/admin/session", case  # which is also what a wrong token gets
+                elif has is None:
+                    assert status == (403 if role == "foreign owner" else 401), case
+                elif who is None:
+                    assert status == 405, case
+                elif has.includes(who):
+                    assert status not in (401, 403, 405), case
+                else:
+                    assert status == 403, case
+        for path in NOWHERE:
+            expected = 404 if has is not None else 403 if role == "foreign owner" else 401
+            assert await status_of(side.app, "POST", path, shown_by(side, role)) == expected, (role, path)
+
+
+async def test_a_refusal_names_the_role_that_is_needed(tmp_path: Path) -> None:
+    async with admin_side(tmp_path) as side:
+        refused = await side.client.delete("/admin/sessions", headers=bearer(READERS_TOKEN))
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (403, "role_required")
+        assert error["message"] == "This needs the role owner; you are token:rita, a reader."
+        wrong = await side.client.put("/admin/session", headers=bearer(READERS_TOKEN))
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "DELETE, GET, HEAD, POST")
+
+
+def test_a_role_includes_those_below_it_and_no_other() -> None:
+    roles = [Who.READER, Who.OPERATOR, Who.OWNER]
+    for has in roles:
+        for needed in roles:
+            assert has.includes(needed) == (roles.index(has) >= roles.index(needed))
+        assert has.includes(Who.LOCAL)
+        assert has.includes(Who.ANYONE)
+    for nobody in (Who.ANYONE, Who.KEY, Who.LOCAL):
+        assert not any(nobody.includes(needed) for needed in [*roles, Who.LOCAL, Who.KEY])
+
+
+async def test_a_route_with_a_role_is_closed_where_nobody_has_found_out_who_asks() -> None:
+    async def endpoint(request: Any) -> Any:
+        raise AssertionError("it was reached")
+
+    routes = guarded([GuardedRoute("/x", endpoint, Who.READER, methods=["GET"])])
+    app = Starlette(routes=routes, exception_handlers=ERROR_HANDLERS)
+    assert await status_of(app, "GET", "/x", {}) == 403
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "gateway.internal"])
 def test_outside_loopback_nothing_is_open(host: str) -> None:
     guard = Guard(private_app([]), host=host, token=SecretStr(TOKEN))
-    for path in [*paths(OPERATORS), *NOWHERE]:
+    for path in [*map(filled, OPERATORS), *NOWHERE]:
         problem = guard.problem(path, [(b"host", b"localhost")])
         assert problem is not None, path
         assert problem.status == 401
 
 
 async def test_a_private_socket_serves_the_same_table(tmp_path: Path) -> None:
-    table = routes_of(private_app([]))
-    assert table == {path: who for path, who in OPERATORS.items() if path in table}
+    table = table_of(private_app([]))
+    assert table
+    for path, methods in table.items():
+        for method, who in methods.items():
+            assert OPERATORS[path][method] is who, (method, path)
 
 
 @pytest.mark.parametrize("route", [Route("/x", private_app), Mount("/x", Starlette())])
@@ -217,7 +388,7 @@ def test_an_application_with_a_route_that_says_nothing_is_not_built(route: Route
 async def test_where_keys_cannot_be_checked_nobody_becomes_somebody(
     tmp_path: Path, freshness: Freshness, path: str
 ) -> None:
-    async with both(tmp_path) as (found, _, _app):
+    async with with_keys(tmp_path) as found:
         directory = found.runtime.gate.directory
         assert directory is not None
         method = "GET" if "models" in path else "POST"
@@ -234,7 +405,7 @@ def test_every_refusal_of_a_key_is_401_403_429_or_503() -> None:
 
 
 async def test_a_defect_in_the_check_lets_nobody_in(tmp_path: Path) -> None:
-    async with both(tmp_path) as (found, _, _app):
+    async with with_keys(tmp_path) as found:
         directory = found.runtime.gate.directory
         assert directory is not None
 

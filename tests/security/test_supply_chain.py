@@ -186,6 +186,10 @@ def test_a_second_build_elsewhere_and_later_gives_the_same_bytes(release: dict[s
         assert first == second, kind
 
 
+KINDS = {"py", "json", "jsonl", "lua", "mako", "md", "html", "css", "js", "mjs", "svg", "LICENSE"}
+"""Of files in a wheel: sources, the tables and scripts they read, and the pages of the dashboard."""
+
+
 def test_the_wheel_runs_nothing_when_python_starts_and_holds_no_binary(release: dict[str, Path]) -> None:
     """A `.pth` file runs at every start of every interpreter: that was LiteLLM's poisoned wheel of March 2026."""
     with zipfile.ZipFile(release["wheel"]) as archive:
@@ -193,7 +197,7 @@ def test_the_wheel_runs_nothing_when_python_starts_and_holds_no_binary(release: 
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
         assert not re.search(r"^Requires-Dist:.*@", archive.read(metadata).decode(), re.MULTILINE)
     modules = [name for name in names if ".dist-info/" not in name]
-    assert {name.rpartition(".")[2] for name in modules} <= {"py", "json", "jsonl", "lua", "mako", "md"}
+    assert {name.rpartition(".")[2] for name in modules} <= KINDS
     assert not [name for name in names if name.endswith(".pth") or "sitecustomize" in name or "usercustomize" in name]
     assert not [name for name in names if ".data/" in name]
     assert {name.rpartition("/")[2] for name in names if ".dist-info/" in name} == {

@@ -121,7 +121,17 @@ async def serve_process(
     write_config(config, urls, **sections)
     with tempfile.TemporaryDirectory() as runtime:  # pytest's own folders are too long for a socket's path
         process = await asyncio.create_subprocess_exec(
-            *(*wrapper, sys.executable, "-m", "gateway", "serve", "--config", str(config), *options),
+            *(
+                *wrapper,
+                sys.executable,
+                "-m",
+                "gateway",
+                "serve",
+                "--log-format=text",
+                "--config",
+                str(config),
+                *options,
+            ),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             env=clean_environ({"TIDEGATE_STATE_DIR": str(state), "TMPDIR": runtime, **(environ or {})}),

@@ -75,7 +75,14 @@ def environment(**added: str) -> dict[str, str]:
 async def run_serve(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
     """For a start that is meant to fail: the exit code and what was said."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", "serve", *arguments, env=env or environment(), stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "gateway",
+        "serve",
+        "--log-format=text",
+        *arguments,
+        env=env or environment(),
+        stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(20.0):
         _, said = await process.communicate()
@@ -94,6 +101,7 @@ async def gateway_process(
         "-m",
         "gateway",
         "serve",
+        "--log-format=text",
         *arguments,
         env=env or environment(),
         stderr=asyncio.subprocess.PIPE,

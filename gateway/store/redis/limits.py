@@ -9,18 +9,22 @@ Keys, all below the client's prefix: `<scope>` a scope's marks and money, `<scop
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from gateway.store.limit_state import burst_us
-from gateway.store.limits import Admission, Cost, Held, Refusal, Scope
+from gateway.store.limits import Admission, Cost, Held, Reading, Refusal, Scope
 from gateway.store.memory_limits import MAX_PLANS
 from gateway.store.redis.scripts import Script, load
 
 HELD_PER_CALL = 32
 """Leases that one script renews, so that it keeps Redis from others for a fraction of a millisecond."""
+
+READ_PER_CALL = 128
+"""Scopes that one script reads, for the same reason."""
 
 Packed = tuple[list[str], list[str | int | bytes]]
 """KEYS and ARGV of a script."""
@@ -56,6 +60,7 @@ class RedisLimits:
         self.settle_script = load("settle")
         self.cancel_script = load("cancel")
         self.renew_script = load("renew")
+        self.read_script = load("standing_of_limits")
 
     async def admit(self, id: str, scopes: Sequence[Scope], cost: Cost, lease_us: int) -> Admission:
         return unpack_admission(await self._client.run(self.admit_script, *self.pack_admit(id, scopes, cost, lease_us)))
@@ -83,6 +88,16 @@ class RedisLimits:
         if failure is not None:
             raise failure
 
+    async def read(self, scopes: Sequence[Scope]) -> list[Reading]:
+        """Several scripts in one pipeline, each of them one moment."""
+        parts = [scopes[first : first + READ_PER_CALL] for first in range(0, len(scopes), READ_PER_CALL)]
+        asked = [self._client.run(self.read_script, *self.pack_read(part)) for part in parts]
+        found: list[Reading] = []
+        for reply in await asyncio.gather(*asked):
+            found += unpack_readings(reply)
+            await asyncio.sleep(0)  # requests come first
+        return found
+
     def pack_admit(self, id: str, scopes: Sequence[Scope], cost: Cost, lease_us: int) -> Packed:
         plan = self._plan(scopes)
         return [plan.record + id, *plan.keys], [f"{id}\n{cost.micros}", lease_us, self._encode(cost), plan.rules]
@@ -105,6 +120,10 @@ class RedisLimits:
             keys += plan.keys
             args += (f"{one.id}\n{one.reserved.micros}", one.reserved.micros, plan.rules)
         return keys, args
+
+    def pack_read(self, scopes: Sequence[Scope]) -> Packed:
+        plan = self._made(scopes)
+        return list(plan.keys), [plan.rules]
 
     def _plan(self, scopes: Sequence[Scope]) -> _Plan:
         """Found by identity: callers use the same tuple for many requests."""
@@ -168,6 +187,12 @@ def unpack_admission(reply: Any) -> Admission:
         if refusals
         else (),
     )
+
+
+def unpack_readings(reply: Any) -> list[Reading]:
+    """What the script that reads answered."""
+    now_us, *scopes = reply
+    return [Reading(now_us, tuple(marks), in_use, reserved, tuple(spent)) for marks, in_use, reserved, spent in scopes]
 
 
 def unpack_outcome(reply: Any) -> bool:

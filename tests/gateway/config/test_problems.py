@@ -368,6 +368,12 @@ def test_a_unix_socket_needs_no_loopback_host(tmp_path: Path) -> None:
     assert load(path, {}).server.uds == Path("/run/x.sock")
 
 
+OIDC = {
+    "issuer": "https://login.example.org",
+    "client_id": "tidegate",
+    "redirect_url": "https://admin.example.org/admin/session/oidc/callback",
+    "roles": {"oncall": "operator"},
+}
 SECTIONS = sorted({path.rpartition(".")[0] for path, _ in setting_paths(Settings)})
 """Every place that has keys of its own, such as `backends.<name>.replicas[]`; empty for the top."""
 
@@ -378,6 +384,7 @@ def test_an_unknown_key_is_reported_at_any_level(
 ) -> None:
     path = section.replace("backends.<name>", "backends.pool").replace("models.<name>", "models.chat")
     path = path.replace("model_limits.<name>", "model_limits.chat").replace("tenants.<name>", "tenants.acme")
+    path = path.replace("admin.tokens.<name>", "admin.tokens.ci")
     prefix = f"{path}." if path else ""
     kind = kind_at(Settings, tuple(0 if part == "[]" else part for part in re.findall(r"\w+|\[\]", path)))
     assume(child(kind, key) is None)
@@ -387,6 +394,7 @@ def test_an_unknown_key_is_reported_at_any_level(
         "models": {
             "chat": {
                 "backend": "pool",
+                "shadow": {"policy": "round_robin"},
                 "spill": {"backend": "rented", "price": {"output": 1.0}, "usd_per_hour": 1.0, "usd_per_day": 1.0},
                 "fallbacks": [{"backend": "rented"}],
             }
@@ -395,16 +403,21 @@ def test_an_unknown_key_is_reported_at_any_level(
             "rented": {"engine": "openrouter", "replicas": [{"url": "http://b"}]},
             "pool": {
                 "engine": "sglang",
-                "replicas": [{"url": "http://a"}],
+                "replicas": [{"url": "http://a", "dcgm": {"url": "http://d"}}],
                 "adapters": [{"name": "a", "path": "/a"}],
             },
         },
     }
+    if path.startswith("admin.tokens"):
+        data["admin"] = {"tokens": {"ci": {"role": "reader", "token": {"env": "LONG_TOO"}}}}
+    if path == "admin.oidc":
+        data["admin"] = {"oidc": dict(OIDC)}
     here: Any = data
     for part in re.findall(r"\w+|\[\]", path):
         here = here[0] if part == "[]" else here.setdefault(part, {})
     here[key] = CANARY
-    problems = problems_of(tmp_path_factory.getbasetemp(), json.dumps(data), LONG="0123456789abcdef")
+    secrets = {"LONG": "0123456789abcdef", "LONG_TOO": "fedcba9876543210"}
+    problems = problems_of(tmp_path_factory.getbasetemp(), json.dumps(data), **secrets)
     assert [problem.path for problem in problems] == [f"{prefix}{key}".replace("[]", "[0]")]
     assert problems[0].message == "is not a known setting"
     assert CANARY not in str(problems[0])
@@ -447,3 +460,35 @@ def test_fields_of_another_kind_are_reported_as_such(tmp_path: Path, fields: str
     found = problems_of(tmp_path, GOOD + f"    allow_fields: {fields}\n")
     assert found
     assert all(problem.path.startswith("backends.pool.allow_fields") for problem in found)
+
+
+# -- operators
+
+
+@pytest.mark.parametrize(
+    ("admin", "path", "said"),
+    [
+        ({"tokens": {"ci": {"role": "reader", "token": {"env": "SHORT"}}}}, "admin.tokens.ci.token", "shorter than 16"),
+        ({"tokens": {"ci": {"role": "root", "token": {"env": "LONG"}}}}, "admin.tokens.ci.role", "reader"),
+        (
+            {"token": {"env": "LONG"}, "tokens": {"ci": {"role": "reader", "token": {"env": "LONG"}}}},
+            "admin.tokens.ci.token",
+            "same token as admin.token",
+        ),
+        ({"oidc": {**OIDC, "issuer": "http://login.example.org"}}, "admin.oidc.issuer", "https"),
+        ({"oidc": {**OIDC, "issuer": "https://a:b@login.example.org"}}, "admin.oidc.issuer", "without user"),
+        ({"oidc": {**OIDC, "redirect_url": "https://x.org/elsewhere"}}, "admin.oidc.redirect_url", "callback"),
+        ({"oidc": {**OIDC, "scopes": ["email"]}}, "admin.oidc.scopes", "openid"),
+        ({"oidc": {**OIDC, "roles": {"oncall": "admin"}}}, "admin.oidc.roles.oncall", "reader"),
+        ({"session": {"lifetime_s": 86400}}, "admin.session.lifetime_s", "28800"),
+    ],
+)
+def test_operators_that_cannot_be_meant_so(tmp_path: Path, admin: dict[str, Any], path: str, said: str) -> None:
+    data = {
+        "admin": admin,
+        "models": {"chat": {"backend": "pool"}},
+        "backends": {"pool": {"engine": "sglang", "replicas": [{"url": "http://a"}]}},
+    }
+    (problem,) = problems_of(tmp_path, json.dumps(data), LONG="0123456789abcdef", SHORT="0123456789")
+    assert problem.path == path
+    assert said in f"{problem.message} {problem.hint}"

@@ -34,6 +34,7 @@ FULL: dict[str, Any] = {
     "raises": (Raise(LimitSet(usd_per_day=10.0), 4e9),),
     "expires_unix_s": 4e9,
     "metadata": {"team": "search", "cost": [1, {"centre": "ä"}]},
+    "capture_content": True,
 }
 
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from gateway.database.database import Database
 from gateway.database.errors import DatabaseInvalid
+from gateway.database.rows import key_values
 from gateway.database.sole import LEASE_S, Holder
 from gateway.database.tables import sole
 from tests.gateway.database.making import key
@@ -109,17 +110,25 @@ def test_of_many_that_start_at_once_one_has_it(database: Database) -> None:
         assert connection.execute(sa.select(sole.c.gateway)).scalars().all() == taken
 
 
-def test_a_database_of_the_revision_before_is_brought_up_with_all_that_is_in_it(
-    url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("revision", ["0001", "0002"])
+def test_a_database_of_an_earlier_revision_is_brought_up_with_all_that_is_in_it(
+    url: str, monkeypatch: pytest.MonkeyPatch, revision: str
 ) -> None:
+    stored = key()
     with monkeypatch.context() as before:
-        before.setattr("gateway.database.migrate.REVISION", "0001")
+        before.setattr("gateway.database.migrate.REVISION", revision)
         database = Database.open(url)
-        created = database.keys.create(key(), "me")
-        with pytest.raises(DatabaseInvalid, match="tidegate_sole"):
-            database.sole.take(ONE)
+        values = {name: value for name, value in key_values(stored).items() if name != "capture_content"}
+        row = sa.table("tidegate_keys", *(sa.column(name) for name in (*values, "version", "removed")))
+        with database.sole._engine.write() as connection:
+            connection.execute(row.insert().values(**values, version=1, removed=False))
+        if revision == "0001":
+            with pytest.raises(DatabaseInvalid, match="tidegate_sole"):
+                database.sole.take(ONE)
         database.close()
     database = Database.open(url)
     assert database.sole.take(ONE) is None
-    assert database.keys.get(created.id) == created
+    assert database.keys.get(stored.id) == stored
+    assert database.keys.update(stored.id, {"capture_content": True}, "me").capture_content
+    assert database.keys.get(stored.id).capture_content
     database.close()

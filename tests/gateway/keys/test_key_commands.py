@@ -103,6 +103,7 @@ def test_everything_that_a_key_may_be_bound_to(capsys: Said, url: str) -> None:
         *("--regions", "eu-west,us", "--class", "batch", "--deadline-ms", "30000", "--max-output-tokens", "512"),
         *("--limit", "requests_per_minute=60", "--limit", "usd_per_month=12.5", "--limit", "shadow=true"),
         *("--expires", "2099-12-31", "--metadata", "team=x", "--metadata", "note=a=b", "--name", "a name"),
+        "--capture-content",
     )
     record = directory(url).authenticate(bearing(made["key"]), NOW).key
     assert record is not None
@@ -123,6 +124,7 @@ def test_everything_that_a_key_may_be_bound_to(capsys: Said, url: str) -> None:
         "expires": "2099-12-31T00:00:00Z",
         "replaced_by": None,
         "metadata": {"team": "x", "note": "a=b"},
+        "capture_content": True,
     }
     assert {name: made[name] for name in expected} == expected
     assert set(made) == {*expected, "key", "id", "created", "database"}

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import redis
 
-from gateway.store.limits import Admission, Cost, Held, Scope
+from gateway.store.limits import Admission, Cost, Held, Reading, Scope
 from gateway.store.memory_limits import PRUNE
-from gateway.store.redis.limits import Packed, RedisLimits, unpack_admission, unpack_outcome
+from gateway.store.redis.limits import Packed, RedisLimits, unpack_admission, unpack_outcome, unpack_readings
 from gateway.store.redis.scripts import Script, script
 
 START_US = 1_795_000_000_000_000
@@ -31,6 +31,8 @@ class Half(Protocol):
     def cancel(self, id: str, scopes: Sequence[Scope], reserved: Cost, now_us: int) -> bool: ...
 
     def renew(self, held: Sequence[Held], lease_us: int, now_us: int) -> None: ...
+
+    def read(self, scopes: Sequence[Scope], now_us: int) -> list[Reading]: ...
 
 
 def with_clock(original: Script, prune: int = PRUNE) -> Script:
@@ -60,13 +62,14 @@ class Lua:
         self._client = client
         client.flushdb()
         self.limits = RedisLimits(Unused(), "test")
-        self._admit, self._settle, self._cancel, self._renew = (
+        self._admit, self._settle, self._cancel, self._renew, self._read = (
             with_clock(original, prune)
             for original in (
                 self.limits.admit_script,
                 self.limits.settle_script,
                 self.limits.cancel_script,
                 self.limits.renew_script,
+                self.limits.read_script,
             )
         )
 
@@ -81,6 +84,9 @@ class Lua:
 
     def renew(self, held: Sequence[Held], lease_us: int, now_us: int) -> None:
         self._run(self._renew, self.limits.pack_renew(held, lease_us), now_us)
+
+    def read(self, scopes: Sequence[Scope], now_us: int) -> list[Reading]:
+        return unpack_readings(self._run(self._read, self.limits.pack_read(scopes), now_us))
 
     def _run(self, script: Script, packed: Packed, now_us: int) -> object:
         keys, args = packed

@@ -304,3 +304,25 @@ def test_large_numbers_are_kept_to_the_last_digit(limiter: Half) -> None:
 def test_no_scopes_are_no_limits(limiter: Half) -> None:
     assert at(limiter, "a", (), Cost(), T) == Admission(True, T, (), (), ())
     assert limiter.settle("a", (), Cost(), Cost(), T)
+
+
+def test_a_reading_tells_what_is_used_and_what_is_reserved_and_changes_nothing(limiter: Half) -> None:
+    scope = Scope(
+        "{a}:key:k",
+        (Rate(Unit.REQUESTS, 60, 10, 10), Rate(Unit.TOTAL, 6000, 1000, 1000)),
+        5,
+        (Budget("d20261118", 10_000, 100, T + 3600 * SECOND_US),),
+    )
+    idle = Scope("{a}:key:other", concurrent=3, budgets=(Budget("d20261118", 10_000, 70, T + 3600 * SECOND_US),))
+    assert at(limiter, "a", (scope,), Cost(1, total=200, micros=300), T).admitted
+    assert at(limiter, "b", (scope,), Cost(1, total=100, micros=500), T).admitted
+    assert limiter.settle("a", (scope,), Cost(1, total=200, micros=300), Cost(1, total=50, micros=40), T)
+    reading, nothing = limiter.read((scope, idle), T)
+    assert [mark - T for mark in reading.marks_us] == [2 * SECOND_US, 1_500_000]
+    assert (reading.in_use, reading.reserved_micros, reading.spent_micros) == (1, 500, (140,))
+    assert (nothing.in_use, nothing.reserved_micros, nothing.spent_micros) == (0, 0, (70,))
+    assert limiter.read((scope, idle), T) == [reading, nothing]
+    ran_out = limiter.read((scope,), T + LEASE_US)[0]
+    assert (ran_out.in_use, ran_out.reserved_micros, ran_out.spent_micros) == (0, 0, (140,))
+    assert limiter.settle("b", (scope,), Cost(1, total=100, micros=500), Cost(1, total=100, micros=500), T + LEASE_US)
+    assert limiter.read((scope,), T + LEASE_US)[0].spent_micros == (640,)

@@ -1,0 +1,1 @@
+"""Accounts: limits, headroom and cost, as routes."""

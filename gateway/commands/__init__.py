@@ -1,0 +1,1 @@
+"""Commands of `tidegate` that ask a running gateway, by what they are about."""

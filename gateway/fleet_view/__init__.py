@@ -1,0 +1,1 @@
+"""The fleet as the dashboard shows it, as routes."""

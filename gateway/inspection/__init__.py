@@ -1,0 +1,1 @@
+"""Inspection: requests under way and past ones, and the playground, as routes."""

@@ -1,0 +1,1 @@
+"""Rollups: the overview and live events, as routes."""

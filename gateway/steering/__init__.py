@@ -1,0 +1,1 @@
+"""Steering: overrides of the configuration, policies and reloads, as routes."""
