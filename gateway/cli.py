@@ -7,6 +7,7 @@ written); 2 the configuration or the command line cannot be used, an address tha
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -37,6 +38,26 @@ _NOTHING_TO_SERVE = """tidegate serve: no models are configured. Either
                                   TIDEGATE_BACKENDS='{"pool": {"engine": "sglang", "replicas": [{"url": "http://..."}]}}'
   or see a small real model run:  tidegate demo"""
 
+_OPERATORS = {
+    "replicas": "gateway.operate",
+    "drain": "gateway.operate",
+    "undrain": "gateway.operate",
+    "adapters": "gateway.operate",
+    "explain": "gateway.explain_command",
+    "overview": "gateway.commands.overview",
+    "audit": "gateway.commands.audit",
+    "requests": "gateway.commands.requests",
+    "limits": "gateway.commands.limits",
+    "cost": "gateway.commands.cost",
+    "accounts": "gateway.commands.accounts",
+    "weight": "gateway.commands.steering",
+    "price": "gateway.commands.steering",
+    "policy": "gateway.commands.steering",
+    "reload": "gateway.commands.steering",
+    "config": "gateway.commands.steering",
+}
+"""Commands that ask the admin listener, and the module whose `run` does it; imported when it is needed."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -59,42 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(options, _settings_environ(os.environ))
         case "health":
             return _health(options, os.environ)
-        case "replicas" | "drain" | "undrain" | "adapters":
-            from gateway import operate
-
-            return operate.run(options, os.environ)
-        case "overview":
-            from gateway.commands import overview
-
-            return overview.run(options, os.environ)
-        case "explain":
-            from gateway import explain_command
-
-            return explain_command.run(options, os.environ)
-        case "audit":
-            from gateway.commands import audit
-
-            return audit.run(options, os.environ)
-        case "requests":
-            from gateway.commands import requests
-
-            return requests.run(options, os.environ)
-        case "limits":
-            from gateway.commands import limits
-
-            return limits.run(options, os.environ)
-        case "cost":
-            from gateway.commands import cost
-
-            return cost.run(options, os.environ)
-        case "accounts":
-            from gateway.commands import accounts
-
-            return accounts.run(options, os.environ)
-        case "weight" | "price" | "policy" | "reload" | "config":
-            from gateway.commands import steering
-
-            return steering.run(options, os.environ)
+        case command if command in _OPERATORS:
+            module = importlib.import_module(_OPERATORS[command])
+            code: int = module.run(options, os.environ)
+            return code
         case "keys" | "tenants":
             from gateway.keys import commands
 

@@ -23,16 +23,32 @@ settings.load_profile("long" if LONG else "short")
 ALONE = ("tests/faults/", "tests/loadtests/", "tests/gateway/test_sidecar.py", "tests/gateway/test_cancellation.py")
 """Faults are timed, and loads fill the machine."""
 IN_COMPANY = (
+    "tests/faults/test_bodies.py",
+    "tests/faults/test_clocks.py",
     "tests/faults/test_fault_report.py",
+    "tests/faults/test_names.py",
+    "tests/faults/test_parsers_json.py",
+    "tests/faults/test_scripts_and_replies.py",
     "tests/faults/test_parsers_http.py",
     "tests/faults/test_parsers_sse.py",
     "tests/faults/test_security_canaries.py",
     "tests/faults/test_security_ssrf.py",
     "tests/loadtests/simulator/",
+    "tests/loadtests/test_behaviour.py",
+    "tests/loadtests/test_bench.py",
+    "tests/loadtests/test_choices.py",
+    "tests/loadtests/test_counting.py",
     "tests/loadtests/test_decide.py",
+    "tests/loadtests/test_decide_router.py",
     "tests/loadtests/test_hammer_bounds.py",
+    "tests/loadtests/test_load.py",
+    "tests/loadtests/test_real_chats.py",
+    "tests/loadtests/test_recent.py",
+    "tests/loadtests/test_soak_books.py",
+    "tests/loadtests/fits/",
 )
-"""Of those, the ones that look at no clock and disturb nobody."""
+"""Of those, the ones that look at no clock, or only show that a measurement can be made, and disturb nobody for
+long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

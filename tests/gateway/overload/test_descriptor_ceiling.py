@@ -73,7 +73,8 @@ async def answers(gateway: Gateway) -> int:
 
 async def test_more_clients_than_descriptors_are_refused_and_nothing_spins(tmp_path: Path) -> None:
     async with FakeEngine(record=False) as engine:
-        path = write_config(tmp_path / "tidegate.yaml", config(engine.url, server={"max_connections": 10_000}))
+        quiet = config(engine.url, server={"max_connections": 10_000}, logging={"requests": False})
+        path = write_config(tmp_path / "tidegate.yaml", quiet)
         async with gateway_process("--config", str(path), preexec=few_files) as gateway:
             assert "WARNING" in gateway.log
             said = next(line for line in gateway.log.splitlines() if "RLIMIT_NOFILE" in line)
