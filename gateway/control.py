@@ -16,6 +16,8 @@ from gateway.config import Settings
 _LENGTH_BYTES = 4
 READY = "ready"
 FAILED = "failed "
+SERVED = "served"
+"""It has served its last request, and waits a moment to be asked what it has counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,12 @@ class ReloadRefused:
     """The configuration was read again and cannot be used."""
 
 
-Message = Begin | Reload | ReloadRefused | Stop | Hurry | KeysChanged
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What it has counted was read: it may end."""
+
+
+Message = Begin | Reload | ReloadRefused | Stop | Hurry | KeysChanged | Read
 
 
 def encode(message: Message) -> bytes:

@@ -31,8 +31,9 @@ TPOT_BUCKETS_S = (0.002, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.0
 
 SHORT_PROMPT_TOKENS = 1000
 """A prompt with fewer is a short one, of which an answer within two seconds is expected at the median."""
-SHORT, LONG, UNCOUNTED = "short", "long", "unknown"
-"""Sizes of prompts, as a label; the last one is of requests without a usage report, refused ones among them."""
+SHORT, LONG, UNCOUNTED, REFUSED = "short", "long", "unknown", "refused"
+"""Sizes of prompts, as a label; the last two are of requests without a usage report, and of those that no replica was
+asked for since they were the client's mistake, or over a limit: they take no time to speak of."""
 OWN, RENTED = "own", "rented"
 
 MAX_REASONS = 32
@@ -62,7 +63,7 @@ class _Use:
 class ModelCounts:
     """All that is counted for one configured model."""
 
-    __slots__ = ("failovers", "long", "own", "reasons", "rented", "short", "tpot", "ttft", "uncounted")
+    __slots__ = ("failovers", "long", "own", "reasons", "refused", "rented", "short", "tpot", "ttft", "uncounted")
 
     def __init__(self) -> None:
         self.own = _Use()
@@ -73,6 +74,7 @@ class ModelCounts:
         self.short = FineHistogram(DURATION_BUCKETS_S, DURATION_FINE_S)
         self.long = FineHistogram(DURATION_BUCKETS_S, DURATION_FINE_S)
         self.uncounted = FineHistogram(DURATION_BUCKETS_S, DURATION_FINE_S)
+        self.refused = FineHistogram(DURATION_BUCKETS_S, DURATION_FINE_S)
         """From end to end, by the size of the prompt."""
         self.reasons: dict[str, int] = {}
         """Requests by why their last replica was chosen."""
@@ -82,7 +84,7 @@ class ModelCounts:
     @property
     def durations(self) -> tuple[tuple[str, Histogram], ...]:
         """By the size of the prompt."""
-        return ((SHORT, self.short), (LONG, self.long), (UNCOUNTED, self.uncounted))
+        return ((SHORT, self.short), (LONG, self.long), (UNCOUNTED, self.uncounted), (REFUSED, self.refused))
 
     @property
     def uses(self) -> tuple[tuple[str, _Use], ...]:
@@ -125,7 +127,8 @@ class Metrics:
         if came_at is not None:
             counts.ttft.observe(came_at - began_at)
         if used is None:
-            counts.uncounted.observe(ended_at - began_at)
+            refused = outcome == "rejected" and not exchange.attempts
+            (counts.refused if refused else counts.uncounted).observe(ended_at - began_at)
         else:
             prompt_tokens, completion_tokens = used.prompt_tokens, used.completion_tokens
             (counts.short if prompt_tokens < SHORT_PROMPT_TOKENS else counts.long).observe(ended_at - began_at)

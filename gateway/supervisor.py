@@ -111,6 +111,8 @@ class Supervisor:
         self._deadline: asyncio.TimerHandle | None = None
         self._state_dir = state_dir
         self._door = door_to(sockets)
+        self._desk: Desk | None = None
+        """Once it is open; None where operators have no listener."""
         self._records = operators_records(settings)
         self._read = read
         # New limits may come with a Redis for them, which does not take effect before a restart.
@@ -134,11 +136,12 @@ class Supervisor:
                 await store.start()
             self._handle_signals()
             async with asyncio.TaskGroup() as tasks:
-                desk = self._desk()
+                desk = self._make_desk()
                 admin = self._admin(desk)
                 if admin is not None:
                     tasks.create_task(admin.serve(self._admin_sockets))
                     await desk.start()
+                    self._desk = desk
                 async with asyncio.TaskGroup() as keepers:
                     for slot in self._slots:
                         keepers.create_task(self._keep(slot))
@@ -157,7 +160,7 @@ class Supervisor:
         logger.info("stopped")
         return 1 if self._gave_up else 0
 
-    def _desk(self) -> Desk:
+    def _make_desk(self) -> Desk:
         return Desk(
             [RemoteSource(slot.index, slot.socket_path) for slot in self._slots],
             lambda: self._reloader.settings,
@@ -254,8 +257,19 @@ class Supervisor:
                     self._announce()
                 elif line.startswith(control.FAILED):
                     slot.reason = line.removeprefix(control.FAILED)
+                elif line == control.SERVED:
+                    await self._read_counts()
+                    slot.tell(control.Read())
         except (ConnectionError, ValueError):  # reset by its death; or a line without end
             pass
+
+    async def _read_counts(self) -> None:
+        """A worker ends: what it has counted would end with it."""
+        if self._desk is not None:
+            try:
+                await self._desk.count()
+            except Exception:
+                logger.exception("the last counts of a worker could not be read")
 
     def _announce(self) -> None:
         if not self._announced and all(slot.ready for slot in self._slots):

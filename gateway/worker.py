@@ -11,7 +11,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -139,8 +139,9 @@ class Worker:
         if self._admission.sync is not None:
             self._admission.sync.nudge()
 
-    async def run(self, on_ready: Callable[[], None]) -> None:
-        """Serve until stopped; `on_ready` is called once connections are accepted. Raises `StartError`."""
+    async def run(self, on_ready: Callable[[], None], on_served: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Serve until stopped; `on_ready` is called once connections are accepted, `on_served` once there are none any
+        more, and questions are answered until it is over. Raises `StartError`."""
         runtime = self._runtime
         try:
             self._ledger.start()
@@ -176,6 +177,8 @@ class Worker:
             on_ready()
             await self._stop.wait()
             await self._drain(runtime, listener)
+            if on_served is not None:
+                await on_served()
             listener.should_exit = True
             if admin is not None:
                 admin.should_exit = True

@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from gateway.store.remote import RemoteStore
 from gateway.worker import StartError, Worker
 
 logger = logging.getLogger("tidegate")
+
+LAST_LOOK_S = 3.0
+"""How long a worker that has served its last request waits for the supervisor to read what it has counted."""
 
 
 def serve_alone(
@@ -144,9 +147,16 @@ def serve_supervised(index: int, fds: Sequence[int]) -> int:
         loop.add_signal_handler(signal.SIGTERM, lambda: worker.stop(graceful=True))
         loop.add_signal_handler(signal.SIGINT, lambda: worker.stop(graceful=False))
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        obeying = loop.create_task(_obey(worker, reader), name="control")
+        read = asyncio.Event()
+        obeying = loop.create_task(_obey(worker, reader, read), name="control")
+
+        async def tell_counts() -> None:
+            writer.write(f"{control.SERVED}\n".encode())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(read.wait(), LAST_LOOK_S)
+
         try:
-            await worker.run(lambda: writer.write(f"{control.READY}\n".encode()))
+            await worker.run(lambda: writer.write(f"{control.READY}\n".encode()), tell_counts)
         except StartError as error:
             writer.write(f"{control.FAILED}{error}\n".encode())
             await writer.drain()
@@ -162,8 +172,9 @@ def serve_supervised(index: int, fds: Sequence[int]) -> int:
         return 1
 
 
-async def _obey(worker: Worker, reader: asyncio.StreamReader) -> None:
-    """Do what the supervisor says. When it is gone, end as quickly as an orderly end allows."""
+async def _obey(worker: Worker, reader: asyncio.StreamReader, read: asyncio.Event) -> None:
+    """Do what the supervisor says; `read` is set when it has read the last counts. When it is gone, end as quickly as
+    an orderly end allows."""
     while True:
         match await control.receive(reader):
             case control.Stop(graceful):
@@ -176,7 +187,10 @@ async def _obey(worker: Worker, reader: asyncio.StreamReader) -> None:
                 worker.reload_refused()
             case control.KeysChanged():
                 worker.keys_changed()
+            case control.Read():
+                read.set()
             case None:
+                read.set()
                 worker.stop(graceful=False)
                 worker.hurry()
                 return

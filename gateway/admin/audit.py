@@ -42,6 +42,8 @@ FILE = "audit.db"
 ITSELF = "gateway"
 NOBODY = "nobody"
 MAX_WAITING = 1000
+WRITTEN_WITHIN_S = 2.0
+"""How long an order waits for its entry: databases that are away often say so after several seconds only."""
 FAILURES_EVERY_S = 60.0
 """The first failed login is written at once; how many more there were in the minute after it, at its end."""
 MAX_ADDRESSES_SHOWN = 10
@@ -84,7 +86,7 @@ class AuditLog:
         self._opening = threading.Lock()
         self._waiting: deque[_Entry] = deque()
         self._lost = 0
-        self._writing = asyncio.Lock()
+        self._writing: asyncio.Task[None] | None = None
         self._failed: dict[str, int] = {}
         self._failed_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,12 +132,25 @@ class AuditLog:
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popleft()
             self._lost += 1
-        async with self._writing:
-            if self._waiting:  # whoever was before may have written this one
-                await asyncio.to_thread(self._write)
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write_all(), name="audit")
+        await self._written()
 
-    def _write(self) -> None:
-        """Blocks."""
+    async def _written(self) -> None:
+        """What is being written is, or takes too long to be waited for."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=WRITTEN_WITHIN_S)
+
+    async def _write_all(self) -> None:
+        try:
+            written = True
+            while written and self._waiting:  # one may have come when the thread had seen the last
+                written = await asyncio.to_thread(self._write)
+        finally:
+            self._writing = None
+
+    def _write(self) -> bool:
+        """Whether all that waited is written. Blocks."""
         from gateway.database.errors import DatabaseError, InvalidValue
 
         while self._waiting:
@@ -150,7 +165,8 @@ class AuditLog:
             except (DatabaseError, AuditUnavailable) as error:
                 self._waiting.appendleft(entry)
                 logger.error("audit: %d entries are not written yet: %s", len(self._waiting), error)
-                return
+                return False
+        return True
 
     async def list(self, wanted: Wanted) -> tuple[AuditEntry, ...]:
         """The newest first. Raises `AuditUnavailable`."""
@@ -167,6 +183,7 @@ class AuditLog:
     async def _asked(self, question: Callable[[Database], T]) -> T:
         from gateway.database.errors import DatabaseError
 
+        await self._written()
         try:
             return await asyncio.to_thread(lambda: question(self._place()))
         except DatabaseError as error:
@@ -196,6 +213,8 @@ class AuditLog:
             self._failed_timer.cancel()
             self._sum_up()
         await asyncio.gather(*self._tasks)
+        if self._writing is not None:
+            await self._writing
         if self._waiting:
             await asyncio.to_thread(self._write)
         if self._own is not None:

@@ -68,6 +68,11 @@ class Desk:
         await self.rollups.start()
         await self.costs.start()
 
+    async def count(self) -> None:
+        """Take in all that workers have counted by now: one of them is about to end."""
+        await self.costs.collect(0.0)
+        await self.rollups.fresh(0.0)
+
     async def aclose(self) -> None:
         """End it."""
         for end in self.at_end:

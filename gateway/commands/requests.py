@@ -42,7 +42,7 @@ def _list(gateway: Gateway, options: argparse.Namespace) -> int:
         print(json.dumps(page))
         return DONE
     rows: list[tuple[str, ...]] = [
-        ("REQUEST", "STATE", "AGE", "TENANT", "MODEL", "REPLICA", "TRIES", "FIRST TOKEN", "TOKENS")
+        ("REQUEST", "STATE", "TOOK", "TENANT", "MODEL", "REPLICA", "TRIES", "FIRST TOKEN", "TOKENS")
     ]
     rows += [_live(row) for row in page["live"]]
     rows += [_settled(row) for row in page["settled"]]

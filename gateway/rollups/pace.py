@@ -10,7 +10,7 @@ from collections.abc import Collection
 from math import log
 
 from gateway.ledger import Ledger
-from gateway.record import Exchange, Outcome
+from gateway.record import OUTRUN, Attempt, Exchange
 
 _SHORTEST_S = 1e-4
 
@@ -31,23 +31,26 @@ class Pace:
         for exchange in reversed(recent):
             if exchange is last:
                 break
-            sent_at = exchange.dispatched_at
-            if sent_at is None or not exchange.replica:
-                continue
-            if exchange.stream:
-                ended_at, place = exchange.first_content_at, 0
-            else:
-                ended_at, place = exchange.finished_at if exchange.outcome is Outcome.COMPLETED else None, 2
-            if ended_at is None:
-                continue
-            at = (exchange.pool, exchange.replica)
-            sums = self.of.get(at)
-            if sums is None:
-                sums = self.of[at] = [0, 0.0, 0, 0.0]
-            passed_s = ended_at - sent_at
-            sums[place] += 1
-            sums[place + 1] += log(passed_s if passed_s > _SHORTEST_S else _SHORTEST_S)
+            for tried in exchange.tries:
+                self._take(tried, exchange.stream)
         if recent:
             self._last = recent[-1]
         if len(self.of) > 2 * len(known):
             self.of = {at: sums for at, sums in self.of.items() if at in known}
+
+    def _take(self, tried: Attempt, stream: bool) -> None:
+        """One attempt. The slower of a hedged pair has taken at least as long as it was waited for: were it left out,
+        a slow replica would be the one that nobody sees."""
+        if tried.code == OUTRUN or not (stream or tried.code):
+            ended_at = tried.ended_at
+        else:
+            ended_at = tried.first_content_at if stream else None
+        if tried.sent_at is None or ended_at is None:
+            return
+        place = 0 if stream else 2
+        at = (tried.pool, tried.replica)
+        sums = self.of.get(at)
+        if sums is None:
+            sums = self.of[at] = [0, 0.0, 0, 0.0]
+        sums[place] += 1
+        sums[place + 1] += log(max(ended_at - tried.sent_at, _SHORTEST_S))

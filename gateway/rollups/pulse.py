@@ -29,7 +29,7 @@ class ModelPulse(msgspec.Struct, array_like=True, gc=False):
     ttft: list[int] = []
     """Requests by their time to first content: up to each of `gateway.metrics.TTFT_FINE_S`, and above the last."""
     duration: list[int] = []
-    """The same from end to end, with `DURATION_FINE_S`."""
+    """The same from end to end, with `DURATION_FINE_S`; without those that were refused before a replica was asked."""
     told_prompt_tokens: int = 0
     """Prompt tokens of the requests whose engine said how many were cached."""
 

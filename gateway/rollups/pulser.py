@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gateway.keys.records import PRIORITY_CLASSES
 from gateway.logs import handler_in_use
-from gateway.metrics import ModelCounts
+from gateway.metrics import REFUSED, ModelCounts
 from gateway.rollups.outcomes import FAILED
 from gateway.rollups.pace import Pace
 from gateway.rollups.pulse import (
@@ -204,7 +204,8 @@ def _model(counts: ModelCounts | None, requests: int, failed: int) -> ModelPulse
         else:
             found.rented_usd = use.cost_usd
     found.ttft_s, found.ttft = counts.ttft.total, list(counts.ttft.counts)
-    found.duration = [sum(each) for each in zip(*(each.counts for _, each in counts.durations), strict=True)]
+    served = [each.counts for size, each in counts.durations if size != REFUSED]
+    found.duration = [sum(each) for each in zip(*served, strict=True)]
     return found
 
 

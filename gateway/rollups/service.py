@@ -1,7 +1,7 @@
 """The rollups of one gateway: what its workers count, taken every ten seconds, and every second while somebody looks.
 
-Runs in the process that answers operators. A worker of several takes with it, when it ends, what it counted since it
-was last asked, ten seconds' worth at most; nothing else is lost, and nothing counts twice.
+Runs in the process that answers operators. A worker that dies takes with it what it counted since it was last
+asked, ten seconds' worth at most; nothing else is lost, and nothing counts twice.
 """
 
 from __future__ import annotations

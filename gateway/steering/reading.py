@@ -83,7 +83,7 @@ class ConfigReader:
             try:
                 reading = self._read(book.layer, document)
             except ConfigError:
-                reading, refused = self._one_by_one(book, plain)
+                reading, refused = self._as_many(book, plain)
         for path, reason in refused.items():
             logger.warning("the override of %s is left out: %s", shown(path), reason)
         for path in reading.unused:
@@ -91,17 +91,22 @@ class ConfigReader:
         self._last = Reads(reading, plain, book, refused)
         return reading.settings
 
-    def _one_by_one(self, book: Book, plain: Reading) -> tuple[Reading, dict[tuple[str, ...], str]]:
-        """As many of the overrides as go together, the oldest first."""
-        kept: list[tuple[tuple[str, ...], object]] = []
+    def _as_many(self, book: Book, plain: Reading) -> tuple[Reading, dict[tuple[str, ...], str]]:
+        """As many of the overrides as go together, the older before the newer."""
+        kept: Layer = ()
         refused: dict[tuple[str, ...], str] = {}
-        reading = plain
-        for path, value in book.layer:
+        reading, waiting = plain, [book.layer]
+        while waiting:
+            layer = waiting.pop()
             try:
-                reading = self._read([*kept, (path, value)], plain.document)
-                kept.append((path, value))
+                reading = self._read([*kept, *layer], plain.document)
+                kept = [*kept, *layer]
             except ConfigError as error:
-                refused[path] = f"{error.problems[0].path}: {error.problems[0].message}"
+                if len(layer) == 1:
+                    refused[layer[0][0]] = f"{error.problems[0].path}: {error.problems[0].message}"
+                else:  # by halves: the few that do not go with the rest are found by few readings
+                    half = len(layer) // 2
+                    waiting += [layer[half:], layer[:half]]
         return reading, refused
 
     def _read(self, layer: Layer, document: Document | None) -> Reading:

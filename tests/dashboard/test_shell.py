@@ -107,6 +107,27 @@ async def test_the_state_of_the_event_stream_is_told(visit: Visit, problems: Pro
     await expect(told).to_contain_text("lost")
 
 
+async def test_whoever_is_signed_out_elsewhere_signs_in_again_and_is_back_at_the_page(
+    stranger: Page, fleet: Rig
+) -> None:
+    """As after a restart of the gateway, which forgets its sessions."""
+    await sign_in(stranger, fleet)
+    await stranger.goto(f"{fleet.dashboard}#fleet?shade=kv")
+    await settled(stranger)
+    await expect(stranger.locator(".connection")).to_contain_text("Live")
+    await stranger.evaluate("fetch('session', {method: 'DELETE', headers: {'x-tidegate-csrf': '1'}})")
+    await stranger.locator("input[type=password]").fill(fleet.token)
+    await stranger.keyboard.press("Enter")
+    await expect(stranger.locator("h1")).to_have_text("Fleet")
+    await expect(stranger.locator(".connection")).to_contain_text("Live")
+    assert stranger.url.endswith("#fleet?shade=kv")
+
+
+async def test_a_page_that_does_not_change_by_itself_does_not_look_disconnected(visit: Visit) -> None:
+    page = await visit("audit")
+    await expect(page.locator(".connection")).to_have_text("")
+
+
 async def test_a_page_that_does_not_exist_says_so(visit: Visit) -> None:
     page = await visit("nothing")
     await expect(page.get_by_role("alert")).to_contain_text("There is no page nothing")

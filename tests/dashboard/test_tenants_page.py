@@ -85,6 +85,24 @@ async def test_a_refused_field_says_why_beside_it(visit: Visit, problems: Proble
     await expect(form.get_by_role("alert")).to_contain_text("expires")
 
 
+async def test_tenants_say_that_the_configuration_may_limit_them_too(visit: Visit) -> None:
+    page = await visit("tenants?view=tenants")
+    await expect(page.locator(".lead")).to_contain_text("what the configuration says")
+    await page.locator(".lead").get_by_role("link", name="Limits").click()
+    await expect(page.locator("h1")).to_have_text("Limits")
+
+
+async def test_a_gateway_without_keys_says_so_and_offers_none(visit: Visit, page: Page, problems: Problems) -> None:
+    problems.expect("status of 409")
+    refusal = {"error": {"code": "keys_off", "message": "This gateway runs without API keys; set auth: keys."}}
+    await page.route("**/admin/keys?*", lambda route: route.fulfill(status=409, json=refusal))
+    await visit("tenants")
+    await expect(page.get_by_text("Nobody is asked for a key")).to_be_visible()
+    await expect(page.get_by_text("set auth: keys")).to_be_visible()
+    await expect(page.get_by_role("alert")).to_have_count(0)
+    await expect(page.get_by_role("button", name="New key")).to_have_count(0)
+
+
 async def test_a_key_is_edited_disabled_and_taken_back(
     visit: Visit, fleet: Rig, made: Callable[..., Awaitable[dict[str, Any]]]
 ) -> None:

@@ -273,13 +273,10 @@ def test_durations_are_told_apart_by_the_size_of_the_prompt() -> None:
     metrics = Metrics()
     for tokens in (1, 999, 1000):
         metrics.observe(settled(usage=Usage(tokens, 1)))
+    metrics.observe(settled(outcome=Outcome.TIMEOUT, attempts=1))
     metrics.observe(settled(outcome=Outcome.REJECTED))
-    name = "tidegate_request_duration_seconds_count"
-    assert {size: value(metrics, name, model="m", prompt_size=size) for size in ("short", "long", "unknown")} == {
-        "short": 2,
-        "long": 1,
-        "unknown": 1,
-    }
+    name, sizes = "tidegate_request_duration_seconds_count", ("short", "long", "unknown", "refused")
+    assert [value(metrics, name, model="m", prompt_size=size) for size in sizes] == [2, 1, 1, 1]
 
 
 def test_a_failover_is_a_request_that_went_to_another_replica() -> None:

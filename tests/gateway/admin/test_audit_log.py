@@ -6,6 +6,8 @@ import asyncio
 import json
 import sqlite3
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,27 @@ async def test_what_cannot_be_written_yet_is_written_later_and_said_so(tmp_path:
     await log.note(None, "replica.drain", "pool/c", {})
     assert log.unwritten == 0
     assert [each.object for each in await log.list(Wanted())] == ["pool/c", "pool/b", "pool/a"]
+    await log.aclose()
+
+
+async def test_a_database_that_says_nothing_keeps_nobody_waiting_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "WRITTEN_WITHIN_S", 0.5)
+    log = AuditLog(state_dir=tmp_path)
+    await log.note(None, "thing.done", "first", {})
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        began_at = time.monotonic()
+        await asyncio.gather(*(log.note(None, "thing.done", str(index), {}) for index in range(8)))
+        assert time.monotonic() - began_at < 4  # the lock is waited for 5 s, each time
+        assert log.unwritten >= 7
+        other.execute("COMMIT")
+    await until(lambda: log._writing is None)
+    monkeypatch.undo()
+    await log.note(None, "thing.done", "last", {})
+    assert log.unwritten == 0
+    assert len(await log.list(Wanted())) == 10
     await log.aclose()
 
 

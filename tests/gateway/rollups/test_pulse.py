@@ -12,9 +12,11 @@ import pytest
 
 from backends.usage import Usage
 from gateway.histogram import FINE_RATIO
+from gateway.ledger import Ledger
 from gateway.metrics import TTFT_FINE_S
-from gateway.record import Exchange, Outcome
+from gateway.record import OUTRUN, Attempt, Exchange, Outcome
 from gateway.rollups.outcomes import FAILED, UNCOUNTED
+from gateway.rollups.pace import Pace
 from gateway.rollups.pulse import MAX_MODELS, OTHER_MODELS, Pulse, ReplicaPulse
 from gateway.rollups.pulser import Pulser
 from gateway.rollups.quantiles import quantiles
@@ -37,6 +39,7 @@ def settled(model: str, replica: str) -> Exchange:
     exchange = Exchange("req_1", "/v1/chat/completions", 10.0, 0.0, model=model, stream=True, pool="pool")
     exchange.replica, exchange.outcome, exchange.attempts = replica, Outcome.COMPLETED, 1
     exchange.dispatched_at, exchange.first_content_at, exchange.finished_at = 10.1, 10.3, 12.0
+    exchange.tries = (Attempt("pool", replica, "", 10.0, sent_at=10.1, first_content_at=10.3, ended_at=12.0),)
     exchange.usage = Usage(100, 7, 60)
     return exchange
 
@@ -88,6 +91,18 @@ async def test_engines_that_do_not_say_what_was_cached_do_not_spoil_the_share_of
         assert figures(tally)["cached_ratio"] == models(tally)[0]["cached_ratio"] == 0.6
 
 
+async def test_a_storm_of_refusals_does_not_make_answers_look_quick() -> None:
+    async with serving(settings_for(["http://127.0.0.1:1"])) as gateway:
+        gateway.runtime.metrics.observe(settled("m", "pool-0"))  # took two seconds
+        for _ in range(99):
+            refused = Exchange("req_2", "/v1/chat/completions", 10.0, 0.0, model="m", outcome=Outcome.REJECTED)
+            refused.finished_at = 10.001
+            gateway.runtime.metrics.observe(refused)
+        told = figures(difference(None, await LocalSource(gateway.runtime).pulse()))
+        assert told["requests"] == 100
+        assert told["duration_ms"]["p50"] == pytest.approx(2000, rel=0.1)
+
+
 async def test_a_second_look_counts_nothing_twice() -> None:
     async with FakeEngine() as engine, serving(settings_for([engine.url])) as gateway:
         pulser = Pulser(gateway.runtime, 0)
@@ -100,6 +115,22 @@ async def test_a_second_look_counts_nothing_twice() -> None:
         assert replica(pulser.pulse()).streams == 3
         # What was told does not change behind the back of whoever was told it.
         assert sum(first.models["m"].ttft) == 2
+
+
+async def test_a_slow_replica_shows_though_another_one_answers_for_it() -> None:
+    """Of a hedged pair, the slower one has taken as long as it was waited for, at least."""
+    ledger = Ledger(None)
+    exchange = settled("m", "pool-1")
+    slower = Attempt("pool", "pool-0", "", 8.0, sent_at=8.0, ended_at=10.0, code=OUTRUN)
+    failed = Attempt("pool", "pool-0", "", 7.0, sent_at=7.0, ended_at=7.9, code="upstream_disconnected")
+    exchange.tries = (failed, slower, *exchange.tries)
+    ledger.record(exchange)
+    pace = Pace(ledger)
+    pace.catch_up({("pool", "pool-0"), ("pool", "pool-1")})
+    assert {at: (sums[0], round(math.exp(sums[1]), 3)) for at, sums in pace.of.items()} == {
+        ("pool", "pool-0"): (1, 2.0),
+        ("pool", "pool-1"): (1, 0.2),
+    }
 
 
 async def test_a_stream_without_content_shows_where_it_waits() -> None:

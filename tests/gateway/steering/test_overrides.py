@@ -267,6 +267,23 @@ def test_an_override_that_no_longer_fits_is_left_out_alone(tmp_path: Path, confi
     assert "usd_per_day" in reader.last.refused[spill]
 
 
+def test_one_of_many_overrides_that_does_not_fit_is_found_by_few_readings(tmp_path: Path, config: Path) -> None:
+    names = [f"r{index}" for index in range(256)]
+    replicas = ", ".join(
+        f'{{url: "http://127.0.0.1:{9000 + index}", name: {name}}}' for index, name in enumerate(names)
+    )
+    config.write_text(FILE + f"  many: {{engine: openai, replicas: [{replicas}]}}\n")
+    settings: dict[tuple[str, ...], Any] = {("backends", "many", "replicas", name, "weight"): 2 for name in names}
+    settings[POLICY] = "is_no_policy"
+    file = OverrideFile(tmp_path / "state", config)
+    file.write(changed(Book(), Change(settings), "a", 1.0, ""))
+    readings: list[Settings] = []
+    reader = ConfigReader(config, {}, file=file, check=readings.append)
+    weights = {each.weight for each in reader().backends["many"].replicas}
+    assert (weights, list(reader.last.refused)) == ({2}, [POLICY])
+    assert len(readings) < 20
+
+
 def test_a_file_that_is_wrong_itself_is_refused_whatever_the_overrides(tmp_path: Path, config: Path) -> None:
     file = OverrideFile(tmp_path / "state", config)
     reader = ConfigReader(config, {}, file=file)

@@ -22,7 +22,7 @@ const CONNECTIONS = {
   live: ["good", "●", "Live"],
   connecting: ["warn", "◌", "Connecting"],
   lost: ["bad", "■", "Connection lost, trying again"],
-  off: ["off", "○", "Not live"],
+  off: ["off", "", ""], // nothing on this page changes by itself
 };
 
 function useTheme() {

@@ -20,6 +20,9 @@ export function onSignedOut(listener) {
   return () => signedOut.removeEventListener("out", listener);
 }
 
+/** Calls those listeners. */
+export const tellSignedOut = () => signedOut.dispatchEvent(new Event("out"));
+
 /**
  * One call; `path` is relative to /admin/. Resolves to the JSON of the answer (null where there is none).
  * @param {{version?: string|number, signal?: AbortSignal}} [options] version: what a change is a change of
@@ -46,7 +49,7 @@ export async function call(method, path, body, { version, signal } = {}) {
     throw new ApiError(answer.status, { message: `The gateway answered ${answer.status} with something that is no JSON.` });
   }
   if (answer.ok) return content;
-  if (answer.status === 401 && path !== "session") signedOut.dispatchEvent(new Event("out"));
+  if (answer.status === 401 && path !== "session") tellSignedOut();
   throw new ApiError(answer.status, content?.error ?? {});
 }
 

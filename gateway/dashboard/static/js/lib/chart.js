@@ -41,7 +41,7 @@ function options(element, { series, kind, format, max }, now) {
         width: kind === "stack" || kind === "bars" ? 1 : 1.75,
         fill: kind === "line" ? undefined : `${each.colour ? variable(each.colour) : colour(index)}${kind === "area" ? "22" : "99"}`,
         paths: kind === "bars" ? uPlot.paths.bars({ size: [0.7, 40] }) : undefined,
-        points: { show: false },
+        points: { show: false, size: 4, filter: (chart, at) => lone(chart.data[at]) },
         value: (_, value, __, at) => {
           const { values } = now()[index] ?? each;
           const shown = at === null || at === undefined ? values.at(-1) : values[at];
@@ -50,6 +50,12 @@ function options(element, { series, kind, format, max }, now) {
       })),
     ],
   };
+}
+
+/** Where a value has no neighbour: a line needs two, so these are drawn as points. */
+function lone(values) {
+  const known = (at) => values[at] !== null && values[at] !== undefined;
+  return [...values.keys()].filter((at) => known(at) && !known(at - 1) && !known(at + 1));
 }
 
 /** Of stacked series each is drawn on top of those after it, so that all of them are seen. */

@@ -90,7 +90,7 @@ function Excluded({ excluded }) {
   }, [excluded]);
   if (!excluded.length) return html`<p class="quiet">Nobody was left out.</p>`;
   return html`<ul class="left-out">${groups.map(([reason, names]) => html`<li key=${reason}>
-    <${Badge} tone="warn">${reason}<//> <span>${REASONS[reason] ?? ""}</span>
+    <${Badge} tone="warn">${reason}<//> <span>${REASONS[reason] ?? ""}</span>${" "}
     <span class="names">${names.slice(0, 20).join(", ")}${names.length > 20 ? ` and ${names.length - 20} more` : ""}</span></li>`)}</ul>`;
 }
 

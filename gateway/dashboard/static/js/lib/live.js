@@ -1,10 +1,12 @@
 // One event stream for the whole page. It is opened when the first part of the page wants a topic, asks for all topics
 // that are wanted at the moment, and is closed when none is.
+import { get, tellSignedOut } from "./api.js";
 import { useEffect, useState } from "./ui.js";
 
 const wanted = new Map(); // topic → set of listeners
 const latest = new Map(); // topic → the last event's data
 const states = new Set();
+const AGAIN_MS = 3000;
 let source = null;
 let topics = "";
 let scheduled = false;
@@ -30,7 +32,7 @@ function connect() {
   mine.onerror = () => {
     setState("lost");
     // The browser tries again by itself unless the answer was an error.
-    if (mine.readyState === EventSource.CLOSED) setTimeout(() => { if (source === mine) { topics = ""; later(); } }, 3000);
+    if (mine.readyState === EventSource.CLOSED) setTimeout(() => again(mine), AGAIN_MS);
   };
   for (const topic of wanted.keys()) {
     mine.addEventListener(topic, (event) => {
@@ -47,6 +49,16 @@ function later() {
   scheduled = true;
   // The next page asks for its topics right after the last one has let go of its own.
   setTimeout(connect, 0);
+}
+
+/** An event source does not tell which error it got: it may be that nobody is signed in any more. */
+async function again(refused) {
+  if (source !== refused) return;
+  const session = await get("session").catch(() => undefined); // null: nobody's
+  if (session === null) tellSignedOut();
+  if (source !== refused) return;
+  topics = "";
+  later();
 }
 
 /** The newest event of a topic; null until the first one. */

@@ -42,7 +42,7 @@ function Charts({ by, series }) {
   if (rest.some((value) => value > 0)) parts.push({ label: "all others", values: rest });
   return html`<${Grid} min="22rem">
     <${Card}><${Chart} title="Dollars, own and rented" kind="stack" format=${dollars} times=${series.times}
-      series=${[{ label: "own", values: series.own_usd }, { label: "rented", values: series.rented_usd }]} /><//>
+      series=${[{ label: "own", values: series.own_usd }, { label: "rented", values: series.rented_usd, colour: "--series-3" }]} /><//>
     <${Card}><${Chart} title="Tokens by kind" kind="stack" times=${series.times} series=${[
       { label: "prompt, computed", values: series.tokens.prompt_uncached },
       { label: "prompt, cached", values: series.tokens.cached },

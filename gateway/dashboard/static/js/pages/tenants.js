@@ -7,9 +7,10 @@ import { may } from "../lib/session.js";
 import { KeyDetail, KeyState, NewKey } from "../accounts/key.js";
 import { TenantDetail } from "../accounts/tenant.js";
 
-export const title = "Tenants";
+export const title = "Tenants and keys";
 
 const PAGE = 100;
+const KEYS_OFF = "keys_off"; // the code of a gateway that asks nobody for a key
 const SEARCH_AFTER_MS = 250;
 const STATES = [["", "any"], ["valid", "valid"], ["disabled", "disabled"], ["expired", "expired"]];
 
@@ -70,7 +71,9 @@ function Search({ label, hint, value, onChange }) {
 
 function List({ pages, what, ...table }) {
   return html`
-    <${ErrorBox} error=${pages.error} retry=${pages.again} />
+    ${pages.error?.code === KEYS_OFF
+      ? html`<${Empty} title="Nobody is asked for a key"><p>${pages.error.message}</p><//>`
+      : html`<${ErrorBox} error=${pages.error} retry=${pages.again} />`}
     ${pages.loading && !pages.rows.length && html`<${Loading} what=${`Looking for ${what}`} />`}
     ${(!pages.loading || pages.rows.length > 0) && !pages.error && html`<${Table} rows=${pages.rows} ...${table} />`}
     ${pages.rows.length > 0 && html`<div class="list-foot">
@@ -86,13 +89,14 @@ function Keys({ query, chosen }) {
   const pages = usePages(`keys?order=newest&count=true&limit=${PAGE}${found ? `&${found}` : ""}`, (row) => row.id);
   const look = (changed) => go(`tenants?${asked({ ...filter, ...changed })}`, { replace: true });
   const open = (id) => go(`tenants${id ? `/${id}` : ""}${found ? `?${found}` : ""}`);
+  const off = pages.error?.code === KEYS_OFF;
   return html`
     <div class="list-filters">
       <${Search} label="Find" hint="Part of a name, an id, a tenant, or the last four characters of the key."
         value=${filter.q} onChange=${(q) => look({ q })} />
       <${Search} label="Tenant" value=${filter.tenant} onChange=${(tenant) => look({ tenant })} />
       <${Select} label="State" options=${STATES} value=${filter.state} onChange=${(state) => look({ state })} />
-      ${may("owner") && html`<${Button} kind="primary" onClick=${() => setCreating(true)}>New key<//>`}
+      ${may("owner") && !off && html`<${Button} kind="primary" onClick=${() => setCreating(true)}>New key<//>`}
     </div>
     ${creating && html`<${Card} title="New key"><${NewKey} tenant=${filter.tenant} onClose=${() => setCreating(false)}
       onMade=${() => { setCreating(false); pages.again(); }} /><//>`}
@@ -131,7 +135,9 @@ export default function TenantsPage() {
   const view = query.get("view") === "tenants" ? "tenants" : "keys";
   const actions = html`<${Tabs} label="What is listed" value=${view} options=${[["keys", "Keys"], ["tenants", "Tenants"]]}
     onChange=${(next) => go(next === "keys" ? "tenants" : "tenants?view=tenants")} />`;
-  return html`<${Page} title=${title} lead="Who may send requests, and how many." actions=${actions}>
+  const lead = view === "keys" ? "Who may send requests, and how many." : html`What is set here goes before what the configuration
+    says of the same tenant, field by field. <a href="#limits">Limits</a> shows those in force, of both.`;
+  return html`<${Page} title=${title} lead=${lead} actions=${actions}>
     ${view === "keys" ? html`<${Keys} query=${query} chosen=${rest[0] ?? null} />` : html`<${Tenants} query=${query} />`}
   <//>`;
 }

@@ -120,10 +120,12 @@ function Weight({ state, path, onChanged }) {
   </form>`;
 }
 
-function Meter({ label, value, text, note }) {
+/** `plain`: being full is nothing to be warned of. */
+function Meter({ label, value, text, note, plain = false }) {
   return html`<div class="measure">
     <div><span>${label}</span><b>${text}</b></div>
-    ${value !== null && html`<${Bar} value=${value} label=${label} text=${text} tone=${value > 0.95 ? "bad" : value > 0.8 ? "warn" : null} />`}
+    ${value !== null && html`<${Bar} value=${value} label=${label} text=${text}
+      tone=${plain || value <= 0.8 ? null : value > 0.95 ? "bad" : "warn"} />`}
     ${note && html`<p>${note}</p>`}
   </div>`;
 }
@@ -138,7 +140,7 @@ function Figures({ state, row }) {
       text=${state.ceiling ? `${inFlight} of ${state.ceiling}` : number(inFlight)} note=${state.ceiling ? null : "No limit is known: set max_in_flight, or use an engine that reports one."} />
     <${Meter} label="KV cache" value=${kv} text=${percent(kv, 0)}
       note=${state.load?.kv_capacity_tokens ? `of ${number(state.load.kv_capacity_tokens)} tokens` : kv === null ? "This engine does not report it." : null} />
-    <${Meter} label="Warm prefixes" value=${held?.budget_tokens ? warm / held.budget_tokens : null} text=${held ? `${number(warm)} tokens` : "–"}
+    <${Meter} label="Warm prefixes" plain value=${held?.budget_tokens ? warm / held.budget_tokens : null} text=${held ? `${number(warm)} tokens` : "–"}
       note=${held ? `believed, of ${number(held.budget_tokens)} at most, in ${number(held.keys)} pieces` : "Nothing is known of its cache."} />
   </div>`;
 }

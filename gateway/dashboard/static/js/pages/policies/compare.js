@@ -40,7 +40,9 @@ export function Compare({ models, policies, job, reload }) {
   };
 
   return html`<${Card} title="Compare on recent traffic" class="compare">
-    <p class="hint">The last requests are played again through simulated engines, as fast as this gateway has found its own to be. No request is sent, and no text was kept: only times, lengths and keys of beginnings.</p>
+    <p class="hint">The last requests are played again through simulated engines, as fast as this gateway has found its
+      own to be; those for LoRA adapters are left out. No request is sent, and no text was kept: only times, lengths and
+      keys of beginnings.</p>
     ${may("operator") && html`<form onSubmit=${(event) => { event.preventDefault(); run(); }}>
       <div class="compare-form">
         <${Select} label="Model" value=${current.name} onChange=${setModel} options=${models.map((each) => [each.name, `${each.name} (${number(each.recent_requests)} requests known)`])} />

@@ -30,11 +30,11 @@ export function Effective({ rows, descriptions }) {
       <${Select} label="Where from" value=${origin} onChange=${setOrigin} options=${ORIGINS} />
     </div>
     ${detail && html`<aside class="setting-detail" aria-live="polite"><p><code>${detail.path}</code> <button type="button" class="plain" onClick=${() => setOpened(null)}>Close</button></p>
-      <p>${descriptions[detail.description]}</p></aside>`}
+      <p>${descriptions[detail.description]}</p>${detail.where && html`<p class="where">${detail.where}</p>`}</aside>`}
     <${Table} label="Settings" rows=${shown} rowKey=${(row) => row.path} onOpen=${(row) => setOpened(row.path)} selected=${opened ?? undefined} columns=${[
       { key: "path", label: "Setting", cell: (row) => html`<code>${row.path}</code>` },
       { key: "value", label: "Value", value: (row) => written(row.value), cell: (row) => row.secret ? html`<em>${row.value ?? "not set"}</em> (secret)` : html`<span class="value">${written(row.value)}</span>` },
-      { key: "origin", label: "From", cell: (row) => html`<${Badge} tone=${TONES[row.origin]}>${row.origin}<//> <span class="where">${row.where}</span>` },
+      { key: "origin", label: "From", cell: (row) => html`<${Badge} tone=${TONES[row.origin]}>${row.origin}<//> <span class="where" title=${row.where}>${row.where.split("/").at(-1)}</span>` },
       { key: "restart", label: "Change takes effect", value: (row) => (row.restart ? 1 : 0), cell: (row) => row.waits_for_restart
         ? html`<${Badge} tone="warn">waits for a restart<//>` : row.restart ? "after a restart" : "at a reload" },
     ]} empty=${html`<${Empty} title="Nothing matches">No setting has all of these words in its name or value. “Everything” under Where from shows defaults too.<//>`} />
