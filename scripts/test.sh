@@ -1,8 +1,9 @@
 #!/bin/sh
 # All tests: first those that measure time or break things that others would feel, one after the other; then the rest in
-# two processes, since most tests wait for sockets and other processes. Arguments are handed to pytest, both times.
+# four processes: most tests wait for sockets and other processes, and two of them leave two cores idle half of the time.
+# Arguments are handed to pytest, both times.
 #
-#   PYTHON  the environment's interpreter    JOBS  processes of the second part (default 2)
+#   PYTHON  the environment's interpreter    JOBS  processes of the second part (default 4)
 set -u
 python=${PYTHON:-.venv/bin/python}
 
@@ -15,7 +16,7 @@ NONE=5 # pytest's exit code when no test was selected
 "$python" -m pytest -m 'not slow and alone' "$@"
 alone=$?
 [ "$alone" -eq 2 ] && exit 2 # interrupted
-"$python" -m pytest -m 'not slow and not alone' -n "${JOBS:-2}" --dist loadfile "$@"
+"$python" -m pytest -m 'not slow and not alone' -n "${JOBS:-4}" --dist loadfile "$@"
 rest=$?
 
 [ "$alone" -eq "$NONE" ] && exit "$rest"

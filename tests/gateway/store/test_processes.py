@@ -141,7 +141,7 @@ import sys
 from gateway import worker_process
 
 class Talkative(worker_process.Worker):
-    async def run(self, on_ready):
+    async def run(self, on_ready, on_served=None):
         store, name, cursor, known = self._runtime.store, f"worker {sys.argv[1]}", "", set()
         await store.post(name, b"here")
         while len(known) < 2:
@@ -149,7 +149,7 @@ class Talkative(worker_process.Worker):
             cursor = facts.cursor
             known.update(fact.key for fact in facts.changes if fact.key.startswith("worker "))
         print(*sorted(known), sep=" and ", flush=True)
-        await super().run(on_ready)
+        await super().run(on_ready, on_served)
 
 worker_process.Worker = Talkative
 sys.exit(worker_process.serve_supervised(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))
