@@ -24,6 +24,7 @@ ALONE = ("tests/faults/", "tests/loadtests/", "tests/gateway/test_sidecar.py", "
 """Faults are timed, and loads fill the machine."""
 IN_COMPANY = (
     "tests/faults/test_bodies.py",
+    "tests/faults/test_broken_answers.py",
     "tests/faults/test_clocks.py",
     "tests/faults/test_fault_report.py",
     "tests/faults/test_names.py",

@@ -6,6 +6,7 @@ Bounds on time are for a busy machine; the usual values stand beside them.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ async def test_a_frozen_redis_costs_five_calls_50_ms_and_later_ones_nothing(
         assert TIMEOUT_S <= time.monotonic() - began_at < TIMEOUT_S + SLACK_S  # 54 ms
         assert all(isinstance(error, StoreUnavailable) for error in failures)
         assert not client.available
+        gc.collect()  # or a look through all that the other tests have left falls into the measurement: 0.4 s
         began_at = time.process_time()
         errors = [await failure(client) for _ in range(1000)]
         # CPU, which a busy machine does not change: 6.5 us, of which the call and its failure are 1.9
