@@ -2,14 +2,16 @@
 #
 # Not built in this project's own CI, which has no container engine; tests/test_packaging.py checks what can be
 # checked without one. Build: docker build -t tidegate .   Run: see README.md.
+# For Kubernetes, with its client and PostgreSQL's: docker build --build-arg LOCK=cluster -t tidegate .
 
 FROM python:3.13-slim AS builder
 WORKDIR /src
-COPY requirements/app.txt requirements/build.txt requirements/
+ARG LOCK=app
+COPY requirements/${LOCK}.txt requirements/build.txt requirements/
 # Into a virtual environment, which the second stage takes over as a whole; its path must be the same there.
 # pip compiles the bytecode here, because the final file system may be read-only.
 RUN python -m venv /opt/tidegate && \
-    /opt/tidegate/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements/app.txt && \
+    /opt/tidegate/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements/${LOCK}.txt && \
     python -m venv /opt/build && \
     /opt/build/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements/build.txt
 COPY pyproject.toml README.md LICENSE ./

@@ -20,7 +20,7 @@ done
 COOL_DOWN='7 days'
 
 kept() {  # kept OUTPUT [options for uv]: exempts from the cool-down what is locked already and is not to be upgraded
-    names=$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' requirements/dev.txt "$1" | sort -u)
+    names=$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' requirements/dev.txt $(test -e "$1" && echo "$1") | sort -u)
     shift
     for word; do
         case $word in
@@ -53,6 +53,7 @@ compile() {  # compile OUTPUT SOURCE...: reads the pins already in OUTPUT, so th
 compile requirements/dev.txt pyproject.toml --extra demo --extra dev requirements/demo.in requirements/build.in "$@"
 compile requirements/demo.txt pyproject.toml --extra demo requirements/demo.in --constraints requirements/dev.txt
 compile requirements/app.txt pyproject.toml --constraints requirements/dev.txt
+compile requirements/cluster.txt pyproject.toml --extra kubernetes --extra postgres --constraints requirements/dev.txt
 compile requirements/build.txt requirements/build.in --constraints requirements/dev.txt
 compile requirements/audit.txt requirements/audit.in --constraints requirements/dev.txt
 

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("gateway", "backends", "routing", "loadtests/simulator")
-LOCKS = ("app", "demo", "dev", "build")
+LOCKS = ("app", "demo", "dev", "build", "cluster")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def imported_modules() -> set[str]:
 
 NAMESPACES = {"opentelemetry": {"opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"}}
 """Names that several distributions share, and which of those are ours to declare: the others are theirs."""
-OPTIONAL = ("demo", "plots", "postgres", "tokenizer")
+OPTIONAL = ("demo", "kubernetes", "plots", "postgres", "tokenizer")
 """Extras that bring what is imported only where it is asked for."""
 
 
@@ -136,7 +136,14 @@ def test_lock_pins_and_hashes_everything_and_names_no_address(lock: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("app", []), ("demo", ["demo"]), ("dev", ["demo", "dev"]), ("build", None)]
+    ("lock", "extras"),
+    [
+        ("app", []),
+        ("demo", ["demo"]),
+        ("dev", ["demo", "dev"]),
+        ("build", None),
+        ("cluster", ["kubernetes", "postgres"]),
+    ],
 )
 def test_lock_satisfies_what_the_project_declares(lock: str, extras: list[str] | None) -> None:
     if extras is None:
@@ -207,7 +214,9 @@ def test_what_the_container_copies_exists_and_is_let_in() -> None:
     for stage in (0, 1):
         for word, rest in instructions(stage):
             if word == "COPY" and not rest.startswith("--from"):
-                for source in rest.split()[:-1]:
+                # What --build-arg can put there is one of the lock files.
+                locks = [rest.replace("${LOCK}", lock) for lock in ("app", "cluster")]
+                for source in dict.fromkeys(source for each in locks for source in each.split()[:-1]):
                     assert (ROOT / source).exists(), source
                     assert f"!{source}" in ignore, source
 

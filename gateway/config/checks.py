@@ -15,9 +15,12 @@ from typing import Any
 from pydantic import SecretStr
 from pydantic_core import PydanticCustomError
 
+from gateway.config.discovery_checks import check_discovery
+from gateway.config.launch_checks import check_launch
 from gateway.config.overload import Overload
 from gateway.config.problems import Finding, Path, did_you_mean, looks_secret, show_path, shown
 from gateway.config.routing_checks import check_routing
+from gateway.config.scaling_checks import check_scaling
 from gateway.config.schema import Admin, Server
 from gateway.config.tls import check_tls
 from gateway.config.urls import normal_url
@@ -37,9 +40,12 @@ def cross_check(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _model_backends(data)
     yield from _keys(data)
     yield from _replicas(data)
+    yield from check_discovery(data)
     yield from _adapters(data)
     yield from _allowed_fields(data)
+    yield from check_launch(data)
     yield from check_routing(data)
+    yield from check_scaling(data)
     yield from check_tls(data)
 
 

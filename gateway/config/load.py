@@ -18,6 +18,7 @@ from gateway.config.environment import (
     apply_command_line,
     apply_environment,
 )
+from gateway.config.found import Found, apply_found
 from gateway.config.layer import OVERRIDE, Layer, apply_layer
 from gateway.config.limit_checks import check_limits, missing_folder, needs_shared_store
 from gateway.config.lines import Document, read_document
@@ -71,9 +72,10 @@ def read_all(
     secrets: Collection[str] | None = None,
     layer: Layer = (),
     document: Document | None = None,
+    found: Found | None = None,
 ) -> Reading:
     """As `load`, with where everything comes from. `layer`: what operators have put over file and environment.
-    `document`: the file as it was read before, instead of reading it now."""
+    `document`: the file as it was read before, instead of reading it now. `found`: replicas that were discovered."""
     if document is None:
         document = Document(DEFAULTS) if path is None else read_document(path)
     if not document.readable:
@@ -86,6 +88,7 @@ def read_all(
     )
     overrides = apply_environment(Settings, data, environ, prefix, delimiter)
     apply_command_line(Settings, data, options or {}, overrides)
+    apply_found(data, found or {}, overrides)
     unused = apply_layer(data, layer, overrides)
 
     places = list(secret_places(Settings, data))

@@ -13,7 +13,8 @@ from gateway.config.problems import wrong
 from gateway.config.secrets import Secret
 from gateway.config.values import Number, Section, Whole, is_loopback
 
-Role = Literal["reader", "operator", "owner"]
+PersonRole = Literal["reader", "operator", "owner"]
+Role = Literal["reader", "operator", "owner", "registrar"]
 CALLBACK_PATH = "/admin/session/oidc/callback"
 LONGEST_SESSION_S = 8 * 3600
 
@@ -47,7 +48,8 @@ class AdminToken(Section):
     """A token beside the owner's: for a person or a program, with a role of its own."""
 
     role: Role = Field(
-        description="What its bearer may do: `reader` look, `operator` also drain, kill and weigh, `owner` everything."
+        description="What its bearer may do: `reader` look, `operator` also drain, kill and weigh, `owner` everything; "
+        "`registrar` only say where replicas are and be told how many there should be (`tidegate register`)."
     )
     token: Secret = Field(
         description="The token, at least 16 bytes, as a reference {env: NAME} or {file: PATH}; no two may be the same."
@@ -116,7 +118,7 @@ class Oidc(Section):
         description="The claim of the ID token that says who may do what: a text or a list; with dots, a path into it "
         "(`realm_access.roles`).",
     )
-    roles: Mapping[Annotated[str, Field(min_length=1, max_length=256)], Role] = Field(
+    roles: Mapping[Annotated[str, Field(min_length=1, max_length=256)], PersonRole] = Field(
         max_length=200,
         description="Values of that claim and the role that each gives; the highest counts. Whoever has none of them "
         "gets in nowhere.",

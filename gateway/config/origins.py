@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 
 from gateway.config.environment import COMMAND_LINE, ENVIRONMENT
+from gateway.config.found import DISCOVERED
 from gateway.config.layer import OVERRIDE
 from gateway.config.load import Reading
 from gateway.config.problems import Path, looks_secret, show_path
@@ -29,7 +30,7 @@ class Row:
     value: Any
     """As JSON has it; of a secret only whether it is set."""
     origin: str
-    """default, file, environment, command line or override."""
+    """default, file, environment, command line, discovered or override."""
     where: str
     """The file and line, or the variable; empty where there is nothing to say."""
     secret: bool
@@ -110,4 +111,4 @@ def _needs_restart(path: Path) -> bool:
     return path[0] in RESTART_ONLY or path[:2] == ("keys", "pepper")
 
 
-ORIGINS = (DEFAULT, FILE, ENVIRONMENT, COMMAND_LINE, OVERRIDE)
+ORIGINS = (DEFAULT, FILE, ENVIRONMENT, COMMAND_LINE, DISCOVERED, OVERRIDE)

@@ -7,10 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gateway.config.discovery import Discovery
 from gateway.config.fallbacks import FallbackEntry, Hedge
+from gateway.config.launch import Launch
 from gateway.config.limits import LimitBlock, Queue
 from gateway.config.prices import ExchangeRates, Price
 from gateway.config.replicas import AdapterFile, Engine, HeaderName, HeaderValue, Health, KeyHeader, Replica
+from gateway.config.scaling import Scaling
 from gateway.config.secrets import Secret
 from gateway.config.shadow import Shadow
 from gateway.config.spill import Spill
@@ -26,6 +29,7 @@ from gateway.config.values import (
     Switch,
     Whole,
 )
+from gateway.config.warm_up import WarmUp
 
 _Connect = Annotated[Number, Field(gt=0, le=60)]
 _Phase = Annotated[Number, Field(gt=0, le=HOUR_S)]
@@ -259,11 +263,23 @@ class Backend(Section):
     )
     health: Health = Field(default=Health(), description="When a replica counts as well, and when it is left alone.")
     replicas: tuple[Replica, ...] = Field(
-        min_length=1,
+        default=(),
         max_length=4096,
-        description="The engine processes of this pool; at least one.",
+        description="The engine processes of this pool; at least one, unless `discovery` or `launch` says where they "
+        "come from.",
         examples=[[{"url": "http://127.0.0.1:30000"}]],
     )
+    discovery: Discovery | None = Field(
+        default=None, description="Where further replicas are found. Null: there are only those under `replicas`."
+    )
+    launch: Launch | None = Field(
+        default=None,
+        description="How `tidegate fleet up` starts servers for this pool, which then register. Null: it starts none.",
+    )
+    warm_up: WarmUp = Field(
+        default=WarmUp(), description="What a replica that is new to the pool gets before its first request."
+    )
+    scaling: Scaling | None = Field(default=None, description="How many replicas there should be. Null: nobody says.")
     tls: Tls = Field(default=Tls(), description="Certificates for its `https` replicas.")
     timeouts: Timeouts = Field(default=Timeouts(), description="How long each phase of an exchange may take.")
     retries: Retries = Field(

@@ -162,7 +162,25 @@ BAD = [
         "  two:\n    engine: vllm\n    replicas: []",
         9,
         "backends.two.replicas",
-        "is empty: at least one entry is needed",
+        "there are none, and nothing says where some come from",
+    ),
+    (
+        "  two:\n    engine: vllm\n    discovery: {dns: {name: engines.internal}}",
+        9,
+        "backends.two.discovery.dns.port",
+        "is missing: addresses come without one",
+    ),
+    (
+        "  two:\n    engine: vllm\n    discovery: {kubernetes: {port: 8000}}",
+        9,
+        "backends.two.discovery.kubernetes",
+        "names neither a service nor labels",
+    ),
+    (
+        "  two:\n    engine: vllm\n    discovery: {registration: {networks: [10.0.0.1/8]}}",
+        9,
+        "backends.two.discovery.registration.networks[0]",
+        "is not a network",
     ),
     ("  two:", 7, "backends.two", "null is not a mapping; it can have: engine, hosted"),
     # secrets
@@ -378,6 +396,21 @@ SECTIONS = sorted({path.rpartition(".")[0] for path, _ in setting_paths(Settings
 """Every place that has keys of its own, such as `backends.<name>.replicas[]`; empty for the top."""
 
 
+def _needed(path: str) -> dict[str, Any]:
+    """A section of a backend with what it cannot be without."""
+    sections: dict[str, dict[str, Any]] = {
+        "discovery.dns": {"discovery": {"dns": {"name": "n", "port": 1}}},
+        "discovery.kubernetes": {"discovery": {"kubernetes": {"service": "s"}}},
+        "discovery.file": {"discovery": {"file": {"path": "f"}}},
+        "launch": {"launch": {"model": "m", "speculative": {"algorithm": "EAGLE"}}},
+        "scaling.kubernetes": {"scaling": {"max": 2, "provider": "kubernetes", "kubernetes": {"name": "k"}}},
+        "scaling.command": {"scaling": {"max": 2, "provider": "command", "command": {"words": ["w"]}}},
+        "scaling.webhook": {"scaling": {"max": 2, "provider": "webhook", "webhook": {"url": "http://w"}}},
+        "scaling": {"scaling": {"max": 2}},
+    }
+    return next((each for name, each in sections.items() if path.startswith(f"backends.pool.{name}")), {})
+
+
 @given(section=st.sampled_from(SECTIONS), key=st.from_regex(r"[a-z_]{1,12}", fullmatch=True))
 def test_an_unknown_key_is_reported_at_any_level(
     tmp_path_factory: pytest.TempPathFactory, section: str, key: str
@@ -408,6 +441,8 @@ def test_an_unknown_key_is_reported_at_any_level(
             },
         },
     }
+    if path.startswith("backends.pool."):
+        data["backends"]["pool"] |= _needed(path)
     if path.startswith("admin.tokens"):
         data["admin"] = {"tokens": {"ci": {"role": "reader", "token": {"env": "LONG_TOO"}}}}
     if path == "admin.oidc":
