@@ -25,9 +25,11 @@ from tests.support.serving import settings_for
 OWNER = "tg_admin_" + "o" * 43
 OPERATOR = "operator-token-0123456789"
 READER = "reader-token-0123456789"
+REGISTRAR = "registrar-token-0123456789"
 TOKENS: dict[str, Any] = {
     "olga": {"role": "operator", "token": SecretStr(OPERATOR)},
     "rita": {"role": "reader", "token": SecretStr(READER)},
+    "gpu1": {"role": "registrar", "token": SecretStr(REGISTRAR)},
 }
 SAME_ORIGIN = {"sec-fetch-site": "same-origin", "x-tidegate-csrf": "1"}
 """What the dashboard's own pages send."""

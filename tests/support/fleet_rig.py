@@ -37,6 +37,8 @@ TENANTS = ("acme", "globex", "initech")
 READER_FILE = "reader-token"
 READER_TOKEN = "the-token-of-somebody-who-may-look"
 """Of the admin side, beside the owner's (`Rig.token`)."""
+FOUND_FILE = "replicas.json"
+"""Replicas of `code-pool` beside those that are written down; there are none until a test writes some."""
 _TEXT = "the tide turns at the gate while ships wait for water and the keeper counts each lamp on the wall"
 
 
@@ -78,9 +80,13 @@ def paced_engine(speed: Speed, model: str, *, native: bool) -> FakeEngine:
 class Rig:
     """The gateway, its engines and its clients. Methods may be called from any thread or loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, gateway: ServeProcess, engines: dict[str, FakeEngine]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, gateway: ServeProcess, engines: dict[str, FakeEngine], folder: Path
+    ) -> None:
         self._loop = loop
         self.gateway = gateway
+        self.folder = folder
+        """Of its files."""
         self.engines = engines
         """By the replica's name. Touch one only inside `run`."""
         self.url = ""
@@ -257,8 +263,14 @@ def fleet_sections(folder: Path, engines: dict[str, FakeEngine]) -> dict[str, An
                 "replicas": replicas(OWN),
                 "adapters": [{"name": "support-v3", "path": "/adapters/support-v3"}],
                 "adapters_load": "always",
+                "discovery": {"registration": {"ttl_s": 60}},
+                "scaling": {"max": 4, "usd_per_hour": 2.5},
             },
-            "code-pool": {"engine": "openai", "replicas": replicas(CODE)},
+            "code-pool": {
+                "engine": "openai",
+                "replicas": replicas(CODE),
+                "discovery": {"file": {"path": str(folder / FOUND_FILE), "interval_s": 0.2}},
+            },
             "rented": {"engine": "openai", "hosted": True, "replicas": replicas(RENTED)},
         },
         "tenants": {
@@ -291,13 +303,14 @@ async def _rig(folder: Path, *, traffic: bool, many: int, sections: dict[str, An
         reader = folder / READER_FILE
         reader.write_text(READER_TOKEN)
         reader.chmod(0o600)
+        (folder / FOUND_FILE).write_text("[]")
         content = {**fleet_sections(folder, engines), **sections}
         if many:
             one = await stack.enter_async_context(FakeEngine(ports=(0,) * many, models=("many",), record=False))
             content["backends"]["many"] = _many(one.urls)
             content["models"]["many"] = {"backend": "many", "price": {"input": 0.1, "output": 0.2}}
         gateway = await stack.enter_async_context(serve_process(folder, [], **content))
-        rig = Rig(asyncio.get_running_loop(), gateway, engines)
+        rig = Rig(asyncio.get_running_loop(), gateway, engines, folder)
         await rig._prepare()
         try:
             if traffic:
