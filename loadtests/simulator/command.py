@@ -15,6 +15,7 @@ from loadtests.simulator import plots
 from loadtests.simulator.fleet import DEFAULT_ENGINE, FleetError, engine_named, engines_in
 from loadtests.simulator.metrics import difference, interval, mean
 from loadtests.simulator.runner import Cell, Store, Where, run_all
+from loadtests.simulator.scaling.command import main as scaling
 from loadtests.simulator.scenarios import scenarios
 from loadtests.simulator.traces import TraceError, read_trace
 from routing.policies import POLICY_NAMES, PolicyError, make_policy
@@ -36,7 +37,10 @@ COLUMNS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one comparison; returns the exit code: 1 when it could not be done, 2 when it was not said rightly what."""
-    options = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["scaling"]:
+        return scaling(words[1:])
+    options = parser().parse_args(words)
     try:
         cells, known = _cells(options)
         if options.plot is not None:
@@ -142,7 +146,9 @@ def _cells(options: argparse.Namespace) -> tuple[list[Cell], dict[str, str]]:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="tidegate simulate", description="Compare routing policies on a simulated fleet, with the production code."
+        prog="tidegate simulate",
+        description="Compare routing policies on a simulated fleet, with the production code.",
+        epilog="`tidegate simulate scaling` compares autoscalers over days; see its own --help.",
     )
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument("--trace", type=Path, metavar="FILE", help="Mooncake's JSON lines, or an Azure LLM trace as .csv")

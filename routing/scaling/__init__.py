@@ -1,0 +1,6 @@
+"""How many replicas a pool should have, and why. No clock, no I/O: who runs it tells it the time and what is seen."""
+
+from routing.scaling.scaler import Scaler
+from routing.scaling.types import Demand, Reason, Recommendation, Rules
+
+__all__ = ["Demand", "Reason", "Recommendation", "Rules", "Scaler"]
