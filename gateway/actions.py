@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
+from typing import TypeVar
 
 import msgspec
 
@@ -23,6 +25,8 @@ from gateway.store.protocol import StoreError
 from gateway.watch import notes
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class StoreAway(GatewayError):
@@ -42,16 +46,44 @@ class Actions:
 
         Raises `UnknownReplica`, `StoreAway`.
         """
+        await self._order(notes.DRAIN, pool, replica, notes.DrainNote(time.time()) if draining else None)
+
+    async def cordon(self, pool: str, replica: str, cordoned: bool) -> None:
+        """Tell every worker to send a replica no new prompts, or to send it any again.
+
+        Raises `UnknownReplica`, `StoreAway`.
+        """
+        await self._order(notes.CORDON, pool, replica, notes.CordonNote(time.time()) if cordoned else None)
+
+    async def _order(self, kind: str, pool: str, replica: str, note: msgspec.Struct | None) -> None:
         (upstream,) = self._upstreams(pool, replica)
-        key = notes.key(notes.DRAIN, upstream.replica)
+        key = notes.key(kind, upstream.replica)
         store = self._runtime.store
         try:
-            if draining:
-                await store.post(key, msgspec.json.encode(notes.DrainNote(time.time())))
+            if note is not None:
+                await store.post(key, msgspec.json.encode(note))
             else:
                 await store.withdraw(key)
         except StoreError as error:
             raise StoreAway(f"The order could not be passed on: {error}.", retry_after_s=1.0) from error
+
+    async def announce(self, key: str, value: bytes, ttl_s: float | None) -> None:
+        """Post a notice (`gateway.notices`). Raises `StoreAway`."""
+        await self._stored(self._runtime.store.post(key, value, ttl_s))
+
+    async def retract(self, key: str) -> None:
+        """End a notice. Raises `StoreAway`."""
+        await self._stored(self._runtime.store.withdraw(key))
+
+    async def claim(self, lease: str, holder: str, ttl_s: float) -> bool:
+        """Take or renew a lease. Raises `StoreAway`."""
+        return await self._stored(self._runtime.store.claim(lease, holder, ttl_s))
+
+    async def _stored(self, operation: Awaitable[T]) -> T:
+        try:
+            return await operation
+        except StoreError as error:
+            raise StoreAway(f"The store could not be asked: {error}.", retry_after_s=1.0) from error
 
     async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
         """Load or unload at all replicas at once; returns what came of it at each. Raises `UnknownReplica`."""

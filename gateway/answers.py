@@ -116,6 +116,8 @@ def none_left(decision: Decision, model: str = "", now: float = 0.0, spread: flo
     if RATE_LIMITED in reasons and "full" not in reasons:
         limited = [each.replica for each in decision.excluded if each.reason == RATE_LIMITED]
         return _rate_limited(counted, limited, model, now, spread)
+    if not reasons:
+        return NoReplicaAvailable("The model has no replica yet, or none any more.", retry_after_s=1.0)
     return NoReplicaAvailable(f"No replica can take the request now ({counted}).", retry_after_s=1.0)
 
 
@@ -133,8 +135,8 @@ def _rate_limited(
 
 def check_regions(order: Order) -> None:
     """Refuse what no replica may serve, before it waits for a place that could be of no use to it."""
-    regions = order.request.regions
-    if regions and all(replica.region not in regions for replica in order.route.pool.replicas):
+    regions, replicas = order.request.regions, order.route.pool.replicas
+    if regions and replicas and all(replica.region not in regions for replica in replicas):
         raise _out_of_region()
 
 

@@ -22,6 +22,7 @@ from gateway.openapi import document
 from gateway.order import INFERENCE_PATHS
 from gateway.policy import CALLER, GuardedRoute, Who, guarded
 from gateway.runtime import Runtime
+from routing.filters import HELD_BACK
 from routing.types import Replica
 
 
@@ -135,7 +136,9 @@ class _Api:
 def _may_serve(replica: Replica, now: float) -> bool:
     """Whether the replica serves, or is about to: being busy, or one lost connection, is no reason to turn away."""
     reason = replica.unavailable_reason(now)
-    return reason in (None, "full", "half_open") or (reason == "cooling_down" and replica.cooldown.failures < 2)
+    if reason in (None, "full", "half_open") or reason in HELD_BACK:
+        return True
+    return reason == "cooling_down" and replica.cooldown.failures < 2
 
 
 def _model_object(name: str, route: ModelRoute, created_unix_s: int) -> dict[str, Any]:

@@ -142,6 +142,8 @@ class Asking:
         )
         route.reader.learn(order.request, used.prompt_tokens)
         self._note_traffic(leg, used, now)
+        if route.hot is not None:
+            route.hot.note(order, self.relay.exchange.tenant)
         if order.path != EMBEDDINGS:
             upstream.signals.saw_usage(used.cached_tokens)
 

@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gateway.commands.account_options import add_accounts, add_cost, add_limits
 from gateway.commands.audit_options import add_audit
+from gateway.commands.fleet_options import add_fleet
 from gateway.commands.overview_options import add_overview
+from gateway.commands.plan_options import add_plan
+from gateway.commands.register_options import add_register
 from gateway.commands.request_options import add_requests
+from gateway.commands.scaling_options import add_scaling
 from gateway.commands.steering_options import add_steering
 from gateway.keys.options import add_commands
 from gateway.logs import LOG_FORMATS, LOG_LEVELS, configure
@@ -42,6 +46,8 @@ _OPERATORS = {
     "replicas": "gateway.operate",
     "drain": "gateway.operate",
     "undrain": "gateway.operate",
+    "cordon": "gateway.operate",
+    "uncordon": "gateway.operate",
     "adapters": "gateway.operate",
     "explain": "gateway.explain_command",
     "overview": "gateway.commands.overview",
@@ -49,12 +55,15 @@ _OPERATORS = {
     "requests": "gateway.commands.requests",
     "limits": "gateway.commands.limits",
     "cost": "gateway.commands.cost",
+    "scaling": "gateway.commands.scaling",
+    "register": "gateway.commands.register",
     "accounts": "gateway.commands.accounts",
     "weight": "gateway.commands.steering",
     "price": "gateway.commands.steering",
     "policy": "gateway.commands.steering",
     "reload": "gateway.commands.steering",
     "config": "gateway.commands.steering",
+    "fleet": "gateway.commands.fleet",
 }
 """Commands that ask the admin listener, and the module whose `run` does it; imported when it is needed."""
 
@@ -80,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(options, _settings_environ(os.environ))
         case "health":
             return _health(options, os.environ)
+        case "plan":
+            from gateway.commands import plan
+
+            return plan.run(options, os.environ)
         case command if command in _OPERATORS:
             module = importlib.import_module(_OPERATORS[command])
             code: int = module.run(options, os.environ)
@@ -123,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("--timeout", type=_seconds, default=3.0, metavar="S", help="seconds to wait (default 3)")
     _operators_options(commands)
     add_commands(commands)
+    add_plan(commands.add_parser("plan", help="say what a model needs on which GPUs, and how to start it"))
     commands.add_parser("schema", help="print the JSON Schema of the configuration file")
     openapi = commands.add_parser("openapi", help="print the OpenAPI document of the API that clients use")
     openapi.add_argument("--admin", action="store_true", help="of the one that operators use instead")
@@ -169,14 +183,23 @@ def _operators_options(commands: argparse._SubParsersAction[argparse.ArgumentPar
     drain.add_argument("--force", action="store_true", help="also if it is the last of its pool that takes work")
     undrain = commands.add_parser("undrain", parents=[of_admin], help="give a drained replica work again")
     undrain.add_argument("replica", type=_replica, metavar="POOL/REPLICA")
+    for name, text in (("cordon", "give a replica no new prompts"), ("uncordon", "give it new prompts again")):
+        cordon = commands.add_parser(name, parents=[of_admin], help=text)
+        cordon.add_argument("replica", type=_replica, metavar="POOL/REPLICA")
     _explain_options(commands.add_parser("explain", parents=[of_admin], help="show where a request would go, and why"))
     add_overview(commands.add_parser("overview", parents=[of_admin], help="show if all is well, and where it is not"))
     add_limits(commands.add_parser("limits", parents=[of_admin], help="show limits and what is left of them"))
     add_cost(commands.add_parser("cost", parents=[of_admin], help="show what was used and what it cost"))
+    scaling = commands.add_parser(
+        "scaling", parents=[of_admin], help="show how many replicas pools should have, and why"
+    )
+    add_scaling(scaling, of_admin)
     add_accounts(commands.add_parser("accounts", help="keys, tenants, budgets of a running gateway"), of_admin)
     add_requests(commands.add_parser("requests", help="show requests under way and past ones, and end one"), of_admin)
     add_steering(commands, of_admin, _replica)
+    add_register(commands)
     add_audit(commands.add_parser("audit", parents=[of_admin], help="show who did what, and whether that is all"))
+    add_fleet(commands.add_parser("fleet", help="launch model servers on this machine and keep them running"), of_admin)
     adapters = commands.add_parser("adapters", help="show, load and unload LoRA adapters")
     actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
     shown = actions.add_parser("list", parents=[of_admin], help="show what the replicas hold")

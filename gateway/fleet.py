@@ -7,6 +7,7 @@ both keep their identity, so that their in-flight counts and cool-downs stay tru
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -23,6 +24,7 @@ from gateway.own_keys import credentials_of, headers_with, keys_of
 from gateway.reading import PromptReader
 from gateway.relay import Timing
 from gateway.steering.shadow import ModelShadow, model_shadow
+from gateway.warmup.hot_prompts import HotPrompts
 from routing.credential import Credentials
 from routing.ejection import Rules
 from routing.health import Health
@@ -103,6 +105,8 @@ class ModelRoute:
     """When a late prompt is sent to a second replica too; None: never."""
     shadow: ModelShadow | None = None
     """What decides beside the policy and sends nothing; None: nothing does."""
+    hot: HotPrompts | None = None
+    """What of it is used most, to warm new replicas with; None: none is warmed."""
 
     @property
     def asked_adapter(self) -> str | None:
@@ -233,6 +237,7 @@ def build_fleet(
             reader=_reader(name, model, old),
             hedges=_hedges(model, old),
             shadow=model_shadow(model.shadow, pools[model.backend], None if old is None else old.shadow),
+            hot=_hot(pools[model.backend], old),
         )
         if isinstance(route.router, Router):
             route.router.index_for_others = route.shadow is not None and route.shadow.wants_prefix
@@ -293,12 +298,19 @@ def _pool(
         if kept is None:
             kept = _upstream(replica, entry, backend, DIALECTS[engine], credentials, tls, ticker)
         replica.hosted = kept.hosted
+        if previous is not None and replica not in previous.upstreams and not kept.hosted:
+            # New to a pool at work.
+            until_ready, warm_s = backend.health.probe, backend.warm_up.hold_s
+            replica.health.join(time.monotonic(), until_ready=until_ready, warm_s=warm_s)
         kept.model = entry.upstream_model
         kept.configured_adapters = tuple(Adapter(each.name, each.path) for each in backend.adapters)
         _configure_adapters(kept, backend)
         upstreams[replica] = kept
-    rented = all(upstream.hosted for upstream in upstreams.values())
-    body = body_rules(backend, [upstream.dialect for upstream in upstreams.values()], rented, caps)
+    hosted = DIALECTS[backend.engine].hosted if backend.hosted is None else backend.hosted
+    rented = all(upstream.hosted for upstream in upstreams.values()) if upstreams else hosted
+    body = body_rules(
+        backend, [each.dialect for each in upstreams.values()] or [DIALECTS[backend.engine]], rented, caps
+    )
     routing = PoolState() if previous is None else previous.routing
     by_identity = {each.identity: each for each in upstreams}
     names = frozenset(each.name for each in backend.adapters)
@@ -359,6 +371,16 @@ def _hedges(model: Model, previous: ModelRoute | None) -> Hedges | None:
     hedges = Hedges() if previous is None or previous.hedges is None else previous.hedges
     hedges.configure(hedge.share, hedge.max_prompt_tokens, hedge.max_busy, hedge.min_delay_ms / 1000)
     return hedges
+
+
+def _hot(pool: Pool, previous: ModelRoute | None) -> HotPrompts | None:
+    warm_up = pool.settings.warm_up
+    rented = pool.upstreams and all(upstream.hosted for upstream in pool.upstreams.values())
+    if rented or not warm_up.hold_s:
+        return None
+    hot = HotPrompts(Random()) if previous is None or previous.hot is None else previous.hot
+    hot.configure(warm_up.prefixes > 0)
+    return hot
 
 
 def rates(exchange: ExchangeRates, pool: Pool) -> tuple[float, ...]:

@@ -336,17 +336,22 @@ def replica_families(replicas: Sequence[Replica], now: float) -> Iterator[Metric
     draining = GaugeMetricFamily(
         "tidegate_replica_draining", "1 when an operator has the replica drained.", labels=["pool", "replica"]
     )
+    cordoned = GaugeMetricFamily(
+        "tidegate_replica_cordoned", "1 when an operator has the replica cordoned.", labels=["pool", "replica"]
+    )
     for replica in replicas:
         labels = [replica.pool, replica.name]
         in_flight.add_metric(labels, replica.in_flight)
         available.add_metric(labels, float(replica.available(now)))
         state.add_metric([*labels, replica.health.state(now).value], 1.0)
         draining.add_metric(labels, float(replica.draining))
+        cordoned.add_metric(labels, float(replica.cordoned))
     yield in_flight
     yield from _capacity_families(replicas)
     yield available
     yield state
     yield draining
+    yield cordoned
     yield from _load_families(replicas)
 
 

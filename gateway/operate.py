@@ -1,4 +1,4 @@
-"""`tidegate replicas`, `drain`, `undrain` and `adapters`: an operator's commands to a running gateway.
+"""`tidegate replicas`, `drain`, `undrain`, `cordon`, `uncordon` and `adapters`: an operator's commands to a gateway.
 
 They ask its admin listener with the owner token. Exit codes: 0 done; 1 not done (no gateway answers, it refuses, a
 replica is not empty in time, an adapter is not loaded everywhere); 2 the command line, the configuration or the token
@@ -49,6 +49,9 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
                 return _drain(gateway, *options.replica, wait_s=options.wait, force=options.force, as_json=options.json)
             case "undrain":
                 return _undrain(gateway, *options.replica, as_json=options.json)
+            case "cordon" | "uncordon":
+                wanted = options.command == "cordon"
+                return _cordon(gateway, *options.replica, wanted=wanted, as_json=options.json)
             case _ if options.action == "list":
                 return _list_adapters(gateway, options.pool, options.json)
             case _:
@@ -334,6 +337,20 @@ def _undrain(gateway: Gateway, pool: str, replica: str, *, as_json: bool) -> int
     else:
         print(f"{pool}/{replica} gets work again")
     return FAILED if state["draining"] else DONE
+
+
+def _cordon(gateway: Gateway, pool: str, replica: str, *, wanted: bool, as_json: bool) -> int:
+    _, state = gateway.ask("POST", f"{_target(pool, replica)}/{'cordon' if wanted else 'uncordon'}")
+    done = state["cordoned"] == wanted
+    if as_json:
+        print(json.dumps(state))
+    elif not done:
+        print(f"the order is given, and not all workers have heard of it yet: {pool}/{replica}", file=sys.stderr)
+    elif wanted:
+        print(f"{pool}/{replica} gets no new prompts; requests under way there: {state['in_flight']}")
+    else:
+        print(f"{pool}/{replica} gets new prompts again")
+    return DONE if done else FAILED
 
 
 def _target(pool: str, replica: str) -> str:

@@ -80,6 +80,8 @@ class Operations:
                 about=About(query={"force": "`true`: also if it is the last of its pool."}, errors=(LastReplica,)),
             ),
             GuardedRoute(f"{replica}/undrain", self.undrain, Who.OPERATOR, methods=["POST"]),
+            GuardedRoute(f"{replica}/cordon", self.cordon, Who.OPERATOR, methods=["POST"]),
+            GuardedRoute(f"{replica}/uncordon", self.uncordon, Who.OPERATOR, methods=["POST"]),
             GuardedRoute(
                 "/admin/adapters",
                 self.adapters,
@@ -123,6 +125,26 @@ class Operations:
     async def undrain(self, request: Request) -> Response:
         """Give a replica work again."""
         return await self._set_draining(request, False, True)
+
+    async def cordon(self, request: Request) -> Response:
+        """Give a replica no new prompts: only those that it is believed to hold, and any where nobody else is left."""
+        return await self._set_cordoned(request, True)
+
+    async def uncordon(self, request: Request) -> Response:
+        """Give a replica new prompts again."""
+        return await self._set_cordoned(request, False)
+
+    async def _set_cordoned(self, request: Request, wanted: bool) -> Response:
+        pool, replica = request.path_params["pool"], request.path_params["replica"]
+        roster = await self._roster()
+        before = roster.merged(pool, replica)["cordoned"]
+        action = "replica.cordon" if wanted else "replica.uncordon"
+        await self._noted(request, action, f"{pool}/{replica}", {"cordoned": [before, wanted]})
+        await self._by_one(roster, lambda source: source.cordon(pool, replica, wanted))
+        roster = await self._until(lambda now: now.is_cordoned(pool, replica, wanted))
+        merged = roster.merged(pool, replica)
+        names = ("pool", "replica", "cordoned", "in_flight", "empty", "silent_workers")
+        return json_response({name: merged[name] for name in names})
 
     async def _set_draining(self, request: Request, wanted: bool, force: bool) -> Response:
         pool, replica = request.path_params["pool"], request.path_params["replica"]

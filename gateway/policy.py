@@ -36,6 +36,9 @@ class Who(StrEnum):
     """Whoever bears an API key; with `auth: insecure` whoever can connect."""
     LOCAL = "local"
     """Whoever is on this machine; elsewhere as `READER`."""
+    REGISTRAR = "registrar"
+    """On the admin side: whoever may say where replicas are, how they start and end, and be told how many there should
+    be. It may look at nothing else; an operator may this too, a reader not."""
     READER = "reader"
     """On the admin side: whoever may look."""
     OPERATOR = "operator"
@@ -45,16 +48,23 @@ class Who(StrEnum):
 
     @property
     def rank(self) -> int:
-        """1 to 3 for the roles of the admin side, each of which may what the one below may; 0: none of them."""
+        """1 to 3 for the roles of the admin side each of which may what the one below may; 0: none of them."""
         return _RANKS.get(self, 0)
+
+    @property
+    def is_role(self) -> bool:
+        """Whether somebody of the admin side can be this."""
+        return self in ROLES
 
     def includes(self, needed: Who) -> bool:
         """Whether somebody of this role may use what is for `needed`."""
+        if needed is Who.REGISTRAR:
+            return self is Who.REGISTRAR or self.rank >= Who.OPERATOR.rank
         return needed is Who.ANYONE or self.rank >= max(needed.rank, 1)
 
 
 _RANKS: Mapping[Who, int] = {Who.READER: 1, Who.OPERATOR: 2, Who.OWNER: 3}
-ROLES = tuple(_RANKS)
+ROLES = (Who.REGISTRAR, *_RANKS)
 
 
 class Operator(NamedTuple):
@@ -124,11 +134,11 @@ class GuardedRoute(Route):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.methods and scope["method"] not in self.methods:
             raise HTTPException(405, headers={"Allow": self._allowed})
-        if self.who.rank:
-            operator: Operator | None = scope.get(OPERATOR)
-            if operator is None or not operator.role.includes(self.who):
-                have = "nobody it knows" if operator is None else f"{operator.name}, a {operator.role.value}"
-                raise RoleRequired(f"This needs the role {self.who.value}; you are {have}.")
+        operator: Operator | None = scope.get(OPERATOR)
+        needed = self.who.is_role or (self.who is Who.LOCAL and operator is not None)
+        if needed and (operator is None or not operator.role.includes(self.who)):
+            have = "nobody it knows" if operator is None else f"{operator.name}, a {operator.role.value}"
+            raise RoleRequired(f"This needs the role {self.who.value}; you are {have}.")
         if self._admit is not None:
             scope[CALLER] = self._admit(scope)
         await super().handle(scope, receive, send)

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.errors import InvalidRequest
+from routing.filters import HELD_BACK
 
 MAX_NAMED = 20
 """Names that a message lists."""
 
+_ABLE = frozenset({"full"}) | HELD_BACK
 State = Mapping[str, Any]
 """One replica in the answer of one worker, see `gateway.state`."""
 
@@ -77,6 +79,7 @@ class Roster:
         seen = self.seen(pool, replica)
         states = [state for _, state in seen]
         draining = all(state["draining"] for state in states)
+        cordoned = all(state["cordoned"] for state in states)
         in_flight = sum(state["in_flight"] for state in states)
         reasons = [state["unavailable_reason"] for state in states]
         differ = len(set(reasons)) > 1 or len({state["health"] for state in states}) > 1
@@ -85,6 +88,7 @@ class Roster:
             "replica": replica,
             **{name: states[0][name] for name in ("url", "engine", "region", "weight", "max_in_flight")},
             "draining": draining,
+            "cordoned": cordoned,
             "in_flight": in_flight,
             "in_flight_bytes": sum(state["in_flight_bytes"] for state in states),
             # What a worker that does not answer still has under way is not known.
@@ -109,9 +113,9 @@ class Roster:
                 yield self.merged(pool, replica)
 
     def is_last(self, pool: str, replica: str) -> bool:
-        """Whether no other replica of the pool takes work. One that is only full just now does."""
+        """Whether no other replica of the pool takes work. One that is only full or held back just now does."""
         return not any(
-            state["available"] or state["unavailable_reason"] == "full"
+            state["available"] or state["unavailable_reason"] in _ABLE
             for name, seen in self.replicas_of(pool).items()
             if name != replica
             for _, state in seen
@@ -120,6 +124,10 @@ class Roster:
     def is_draining(self, pool: str, replica: str, wanted: bool) -> bool:
         """Whether all workers know that the replica is drained, or that it is not."""
         return all(state["draining"] == wanted for _, state in self.seen(pool, replica))
+
+    def is_cordoned(self, pool: str, replica: str, wanted: bool) -> bool:
+        """Whether all workers know that the replica is cordoned, or that it is not."""
+        return all(state["cordoned"] == wanted for _, state in self.seen(pool, replica))
 
     def holds(self, pool: str, replica: str, adapter: str, wanted: bool) -> bool:
         """Whether all workers know that a replica holds an adapter, or that it does not."""

@@ -28,6 +28,7 @@ from gateway.fleet import Fleet, build_fleet
 from gateway.inspection.explaining import Explaining
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics, rented_of
+from gateway.notices import Notices
 from gateway.order import Call
 from gateway.overload.service import Overload
 from gateway.record import Exchange, Outcome
@@ -37,10 +38,12 @@ from gateway.request_log import RequestLog
 from gateway.spill import Overflow
 from gateway.steering.traffic import Traffic
 from gateway.store import Store
+from gateway.warmup.warmer import Warmer
 from gateway.watch.witness import Witness
 from routing.types import Policy, Replica
 
 if TYPE_CHECKING:
+    from gateway.scaling.demand import DemandBook
     from gateway.telemetry.service import Service
 
 MAX_BACKGROUND_TASKS = 1000
@@ -99,6 +102,10 @@ class Runtime:
         self.gate = self.admission.gate
         self.store: Store = self.admission.store
         """What this worker shares with the others."""
+        self.notices = Notices()
+        """What workers tell each other beside the health of replicas."""
+        self.demand: DemandBook | None = None
+        """What pools are asked for; None where none has a `scaling`."""
         self.witness = Witness()
         self.traffic = Traffic()
         """The requests that were answered last, for simulations."""
@@ -109,6 +116,8 @@ class Runtime:
         self.request_log: RequestLog | None = None
         """Where each settled request gets a line; None: nowhere."""
         self.adapters = AdapterKeeper(self.store, lambda: self.fleet)
+        self.warmer = Warmer(self)
+        """Gives new replicas what they will be asked for."""
         self.kv_listeners: Mapping[Replica, KvSource] = {}
         """Where KV-cache events are followed; kept up by the watch."""
         self.loop = asyncio.get_running_loop()
@@ -192,6 +201,8 @@ class Runtime:
             return
         self.metrics.observe(exchange)
         self.uses.observe(exchange, (exchange.pool, exchange.replica) in self.metrics.rented)
+        if self.demand is not None:
+            self.demand.settled(exchange)
         self.ledger.record(exchange)
         if self.request_log is not None:
             self.request_log.record(exchange)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -79,6 +79,22 @@ class AdapterResult(msgspec.Struct, frozen=True):
     """Why not; or, where it is ok, why nothing had to change."""
 
 
+class Announcement(msgspec.Struct, frozen=True):
+    """Something that all workers are to know (`gateway.notices`), or that no longer holds (None)."""
+
+    key: str
+    value: bytes | None
+    ttl_s: float | None = None
+
+
+class StoreClaim(msgspec.Struct, frozen=True):
+    """A lease that somebody wants for `ttl_s` seconds."""
+
+    lease: str
+    holder: str
+    ttl_s: float
+
+
 class Source(Protocol):
     """One worker, as the admin app asks it. Every question may raise `Silent`."""
 
@@ -106,6 +122,21 @@ class Source(Protocol):
 
     async def drain(self, pool: str, replica: str, draining: bool) -> None:
         """Have all workers give a replica no new work, or give it work again. Raises `GatewayError`."""
+
+    async def cordon(self, pool: str, replica: str, cordoned: bool) -> None:
+        """Have all workers give a replica no new prompts, or give it any again. Raises `GatewayError`."""
+
+    async def notices(self, kind: str) -> Mapping[str, bytes]:
+        """What it has read of a kind of notices (`gateway.notices`), by their keys."""
+
+    async def announce(self, key: str, value: bytes, ttl_s: float | None) -> None:
+        """Post a notice to the store that all workers share. Raises `GatewayError`."""
+
+    async def retract(self, key: str) -> None:
+        """End a notice. Raises `GatewayError`."""
+
+    async def claim(self, lease: str, holder: str, ttl_s: float) -> bool:
+        """Take a lease of the shared store, or renew it: whether `holder` has it. Raises `GatewayError`."""
 
     async def glance(self) -> Glance:
         """The replicas as it sees them, briefly."""
@@ -198,6 +229,31 @@ class RemoteSource:
         status, body = await self._ask("POST", target, timeout_s=DRAIN_WITHIN_S)
         if status != 200:
             raise _refusal(status, body)
+
+    async def cordon(self, pool: str, replica: str, cordoned: bool) -> None:
+        verb = "cordon" if cordoned else "uncordon"
+        target = f"/admin/replicas/{_quoted(pool)}/{_quoted(replica)}/{verb}"
+        status, body = await self._ask("POST", target, timeout_s=DRAIN_WITHIN_S)
+        if status != 200:
+            raise _refusal(status, body)
+
+    async def notices(self, kind: str) -> Mapping[str, bytes]:
+        return self._decoded(await self._get("/worker/notices?" + urlencode({"kind": kind})), dict[str, bytes])
+
+    async def announce(self, key: str, value: bytes, ttl_s: float | None) -> None:
+        await self._order("/worker/notices", Announcement(key, value, ttl_s))
+
+    async def retract(self, key: str) -> None:
+        await self._order("/worker/notices", Announcement(key, None))
+
+    async def claim(self, lease: str, holder: str, ttl_s: float) -> bool:
+        return bool((await self._order("/worker/claim", StoreClaim(lease, holder, ttl_s)))["claimed"])
+
+    async def _order(self, target: str, order: msgspec.Struct) -> Any:
+        status, body = await self._ask("POST", target, msgspec.json.encode(order), timeout_s=DRAIN_WITHIN_S)
+        if status != 200:
+            raise _refusal(status, body)
+        return self._decoded(body, dict[str, Any])
 
     async def requests(self, query: Query) -> dict[str, Any]:
         page: dict[str, Any] | None = await self._json("POST", "/worker/requests", msgspec.json.encode(query))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -36,6 +36,7 @@ from gateway.sources import AdapterChange, AdapterResult
 from gateway.steering.at_worker import Steered
 from gateway.steering.shadow import shadow_families
 from gateway.version import tidegate_version
+from gateway.warmup.warmer import warm_up_families
 from routing.index import IndexStats
 from routing.load import Load
 from routing.types import Replica
@@ -60,6 +61,18 @@ class LocalSource:
 
     async def fleet(self) -> dict[str, Any]:
         return fleet_state(self._runtime, self.index, time.monotonic())
+
+    async def notices(self, kind: str) -> Mapping[str, bytes]:
+        return self._runtime.notices.of(kind)
+
+    async def announce(self, key: str, value: bytes, ttl_s: float | None) -> None:
+        await self._actions.announce(key, value, ttl_s)
+
+    async def retract(self, key: str) -> None:
+        await self._actions.retract(key)
+
+    async def claim(self, lease: str, holder: str, ttl_s: float) -> bool:
+        return await self._actions.claim(lease, holder, ttl_s)
 
     async def glance(self) -> Glance:
         return glance(self._runtime, self.index)
@@ -90,6 +103,9 @@ class LocalSource:
 
     async def drain(self, pool: str, replica: str, draining: bool) -> None:
         await self._actions.drain(pool, replica, draining)
+
+    async def cordon(self, pool: str, replica: str, cordoned: bool) -> None:
+        await self._actions.cordon(pool, replica, cordoned)
 
     async def change_adapter(self, change: AdapterChange) -> list[AdapterResult]:
         return await self._actions.change_adapter(change)
@@ -197,6 +213,7 @@ def _replica_state(pool: Pool, replica: Replica, kv_source: KvSource | None, now
         "health": replica.health.state(now).value,
         "share": round(replica.health.share(now), 3),
         "draining": replica.draining,
+        "cordoned": replica.cordoned,
         "failures": replica.cooldown.failures,
         "limited_s": limits_state(replica, now),
         "epoch": replica.epoch,
@@ -239,6 +256,7 @@ def _families(runtime: Runtime) -> Iterator[Metric]:
     yield from runtime.attempt_metrics.families()
     yield from runtime.overload.families()
     yield from runtime.adapters.families()
+    yield from warm_up_families(runtime.warmer.requests)
     yield from gpu_families(runtime.fleet.upstreams())
     yield from runtime.reloads.families()
     if runtime.telemetry is not None:

@@ -112,7 +112,7 @@ class Supervisor:
         self._state_dir = state_dir
         self._door = door_to(sockets)
         self._desk: Desk | None = None
-        """Once it is open; None where operators have no listener."""
+        """Once it is there."""
         self._records = operators_records(settings)
         self._read = read
         # New limits may come with a Redis for them, which does not take effect before a restart.
@@ -136,17 +136,18 @@ class Supervisor:
                 await store.start()
             self._handle_signals()
             async with asyncio.TaskGroup() as tasks:
-                desk = self._make_desk()
+                desk = self._desk = self._make_desk()
+                await desk.find()
                 admin = self._admin(desk)
                 if admin is not None:
                     tasks.create_task(admin.serve(self._admin_sockets))
                     await desk.start()
-                    self._desk = desk
                 async with asyncio.TaskGroup() as keepers:
                     for slot in self._slots:
                         keepers.create_task(self._keep(slot))
                 for slot in self._slots:  # whoever asks a worker now is refused at once
                     slot.admin_socket.close()
+                await desk.lose()
                 if admin is not None:
                     await desk.aclose()
                     admin.should_exit = True
@@ -265,7 +266,7 @@ class Supervisor:
 
     async def _read_counts(self) -> None:
         """A worker ends: what it has counted would end with it."""
-        if self._desk is not None:
+        if self._desk is not None and self._admin_sockets:
             try:
                 await self._desk.count()
             except Exception:
@@ -319,6 +320,8 @@ class Supervisor:
         self._settings = settings
         for slot in self._slots:
             slot.tell(control.Reload(settings))
+        if self._desk is not None:
+            self._desk.follow()
 
 
 def _short_folder() -> str | None:

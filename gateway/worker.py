@@ -22,6 +22,7 @@ from gateway.admission.records import AdmissionError
 from gateway.api import build_app
 from gateway.config import Settings
 from gateway.errors import Draining
+from gateway.fleet import Fleet
 from gateway.ledger import Ledger
 from gateway.listener import Listener, admin_listener, inference_listener
 from gateway.logs import handler_in_use
@@ -29,10 +30,12 @@ from gateway.metrics import Metrics
 from gateway.overload.descriptors import PER_REPLICA, SPARE, make_room, open_now
 from gateway.request_log import RequestLog
 from gateway.runtime import Runtime
+from gateway.scaling.teller import DemandTeller
 from gateway.sharing.service import Sharing
 from gateway.sources import Source
 from gateway.state import LocalSource
 from gateway.store import Store
+from gateway.watch.notes import forget_orders
 from gateway.watch.watcher import Watcher
 
 logger = logging.getLogger("tidegate")
@@ -81,6 +84,7 @@ class Worker:
         self._log_requests()
         self._runtime.trial_secret = trial_secret
         self._watcher = Watcher(self._runtime, Random())
+        self._demand = DemandTeller(self._runtime)
         self._sharing: Sharing | None = None
         if workers > 1 or self._admission.far is not None:
             self._sharing = Sharing(self._runtime.store, lambda: self._runtime.fleet.pools)
@@ -89,6 +93,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._graceful = True
+        self._watching = False
 
     @property
     def stopping(self) -> bool:
@@ -107,16 +112,34 @@ class Worker:
 
     def reload(self, settings: Settings) -> None:
         """Serve new requests by these settings. A defect in doing so is logged and ends nothing that works."""
+        before = self._runtime.fleet
         try:
             self._runtime.reload(settings)
-            self._watcher.refresh()
-            if self._sharing is not None:
-                self._sharing.refresh()
+            self._forget_orders(before)
+            if self._watching:  # else its start will find what there is then
+                self._watcher.refresh()
+                self._demand.refresh()
+                if self._sharing is not None:
+                    self._sharing.refresh()
             self._log_requests()
             self._runtime.reloads.applied()
         except Exception:
             logger.exception("reload failed")
             self._runtime.reloads.refused()
+
+    def _forget_orders(self, before: Fleet) -> None:
+        """What was ordered about replicas that came and went by themselves goes with them: another one that gets the
+        address later must not be born drained. What is written down comes back as it was left."""
+        now = set(self._runtime.fleet.upstreams())
+        gone = [
+            replica
+            for pool in before.pools.values()
+            if pool.settings.discovery is not None or pool.settings.launch is not None
+            for replica, upstream in pool.upstreams.items()
+            if upstream not in now
+        ]
+        if gone:
+            self._runtime.spawn(forget_orders(self._runtime.store, gone))
 
     def reload_refused(self) -> None:
         """The configuration was read again, and cannot be used."""
@@ -158,7 +181,10 @@ class Worker:
         await self._watcher.first_look(FIRST_LOOK_S)
         if self._sharing is not None:
             self._sharing.start()
+        self._watching = True
+        if self._sharing is not None:
             await self._sharing.first_look(FIRST_LOOK_S)
+        self._demand.start()
         listener, sweep = inference_listener(build_app(runtime), runtime)
         runtime.ticker.add(sweep)
         runtime.overload.start(
@@ -185,6 +211,7 @@ class Worker:
                 admin.cut()
         if self._sharing is not None:
             await self._sharing.aclose()
+        await self._demand.aclose()
         await self._watcher.aclose()
         await runtime.aclose()
 

@@ -27,6 +27,7 @@ from gateway.fleet_view.private import glance_routes
 from gateway.inspection.door import door_to
 from gateway.inspection.private import request_routes
 from gateway.logs import log_loop_problem
+from gateway.notices import notice_routes
 from gateway.reload import Reloader
 from gateway.rollups.private import private_routes as pulse_routes
 from gateway.sources import Source
@@ -85,7 +86,13 @@ def serve_alone(
             build_admin=build_admin,
             trial_secret="" if door is None else door.secret,
         )
-        reloader = Reloader(settings, read, worker.reload, refused=worker.reload_refused)
+
+        def apply(settings: Settings) -> None:
+            worker.reload(settings)
+            for desk in desks:
+                desk.follow()
+
+        reloader = Reloader(settings, read, apply, refused=worker.reload_refused)
 
         def stop(graceful: bool) -> None:
             if worker.stopping:
@@ -98,6 +105,8 @@ def serve_alone(
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
         async with AsyncExitStack() as at_end:
             for desk in desks:
+                await desk.find()
+                at_end.push_async_callback(desk.lose)
                 await desk.start()
                 at_end.push_async_callback(desk.aclose)
             await worker.run(on_ready)
@@ -136,6 +145,7 @@ def serve_supervised(index: int, fds: Sequence[int]) -> int:
                     *request_routes(source),
                     *steered_routes(source),
                     *pulse_routes(source),
+                    *notice_routes(source),
                 ],
             ),
             index=index,

@@ -35,10 +35,12 @@ class Change(StrEnum):
 
 
 class HealthState(StrEnum):
-    """The most serious mark. All but the first two are the words of `unavailable_reason`."""
+    """The most serious mark. All but the first are words of `unavailable_reason`; one that is warming may get a part of
+    its share already, see `routing.health.Health.share`."""
 
     HEALTHY = "healthy"
     WARMING = "warming"
+    JOINING = "joining"
     COOLING_DOWN = "cooling_down"
     EJECTED = "ejected"
     HALF_OPEN = "half_open"

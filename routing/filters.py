@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from routing.adapters import NO_SLOT, obstacle
+from routing.health import CORDONED
 from routing.types import InferenceRequest, Replica
 
-SOFT = frozenset({"cooling_down", "ejected", "half_open", "not_ready", "unresponsive", "stalled"})
+HELD_BACK = frozenset({"warming", CORDONED})
+"""Reasons that say nothing bad of a replica: it is used before any that is under suspicion, and only where nobody else
+is left. One that is `joining` has not been seen to work yet."""
+SOFT = frozenset({"cooling_down", "ejected", "half_open", "not_ready", "unresponsive", "stalled", "joining"})
 """Reasons that are suspicions: when no candidate is left without one, they are ignored (Envoy's panic mode).
 
 An attempt costs less than a refusal that may no longer be true. All other reasons are facts.

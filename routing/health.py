@@ -10,10 +10,18 @@ Five marks are kept per replica, each with its own way in and out; none of them 
 | unresponsive | 3 unanswered probes and no sign of life since | any sign of life; an answered probe               |
 | stalled      | work in flight and no progress for 30 s       | any progress; idle and probed; idle for 30 s      |
 
+Three more say nothing bad of it, and hold it back all the same:
+
+| held back    | in                                            | out                                               |
+|--------------|-----------------------------------------------|---------------------------------------------------|
+| joining      | it is new to a pool at work                   | the first probe that is answered with "yes"       |
+| warming      | then; or it has begun anew with an empty cache| it is told to be warm, or the time for that ends  |
+| cordoned     | an operator wants no new prompts there        | the operator's word                               |
+
 Passive evidence wins over probes, since an engine that is busy with a long prefill may not find the time to answer
 one, while its streams go on. A client error (4xx) shows that somebody is there, and nothing else; "too busy" (429,
-529, a full queue) is load. A replica that comes back begins with a tenth of its share (slow start, Envoy's and
-HAProxy's), except at the gateway's own start, when all are new.
+529, a full queue) is load. A replica that comes, or comes back, begins with a tenth of its share (slow start, Envoy's
+and HAProxy's), except at the gateway's own start, when all are new.
 
 The cool-down is in `routing.cooldown`, ejection and the way back from it in `routing.ejection`.
 
@@ -46,6 +54,7 @@ __all__ = [
     "observe",
 ]
 
+CORDONED = "cordoned"
 LONG_AWAY_S = 5.0
 """Refused or not ready for longer than this, it has probably been restarted with an empty cache: slow start."""
 ALIVE_S = 5.0
@@ -66,12 +75,16 @@ class Health:
         "_calm",
         "_engine_progressed_at",
         "_idle_since",
+        "_joining",
         "_not_ready",
         "_probe_failed_since",
         "_probe_failures",
         "_probed_at",
         "_stalled_at",
+        "_warm_s",
+        "_warm_until",
         "cooldown",
+        "cordoned",
         "ejection",
         "progressed_at",
         "rules",
@@ -99,7 +112,13 @@ class Health:
         self._engine_progressed_at = _NEVER
         self._stalled_at: float | None = None
         self.warm_from: float | None = None
-        """Start of the last slow start; None when there was none, or long ago."""
+        """Start of the last slow start, to come while it is warming; None when there was none, or long ago."""
+        self.cordoned = False
+        """An operator wants no new prompts there; `cordon` sets it."""
+        self._joining = False
+        self._warm_s = 0.0
+        """How long it may be warmed once it was found ready."""
+        self._warm_until = _NEVER
         self._calm = True
         """No mark and no suspicion besides the cool-down: the state that costs next to nothing to look at."""
 
@@ -123,11 +142,15 @@ class Health:
             return "unresponsive"
         if self._stalled():
             return "stalled"
-        return None
+        if self._joining:
+            return "joining"
+        if now < self._warm_until:
+            return "warming"
+        return CORDONED if self.cordoned else None
 
     def state(self, now: float) -> HealthState:
         reason = self.unavailable_reason(now)
-        if reason is not None:
+        if reason is not None and reason != CORDONED:
             return HealthState(reason)
         if self.ejection.out:
             return HealthState.HALF_OPEN
@@ -141,15 +164,59 @@ class Health:
         if self.warm_from is None:
             return 1.0
         rules = self.rules
-        elapsed_s = now - self.warm_from
+        elapsed_s = max(0.0, now - self.warm_from)
         if elapsed_s >= rules.slow_start_s:
             return 1.0
-        return rules.slow_start_floor + (1.0 - rules.slow_start_floor) * max(0.0, elapsed_s / rules.slow_start_s)
+        return rules.slow_start_floor + (1.0 - rules.slow_start_floor) * elapsed_s / rules.slow_start_s
 
     @property
     def out(self) -> bool:
         """Ejected or half-open: what the ceiling counts."""
         return self.ejection.out
+
+    # A replica that is new, or begins anew.
+
+    def join(self, now: float, *, until_ready: bool, warm_s: float) -> None:
+        """It is new to a pool that is at work: it gets nothing while there are others, until it is known to be ready
+        and warm, and a small share at first.
+
+        `until_ready`: probes will say when it is ready; else it is taken to be. `warm_s`: how long it may then be
+        warmed, 0: not at all.
+        """
+        self._warm_s = warm_s
+        self._joining = until_ready
+        if not until_ready:
+            self._begin_warming(now)
+        self._settle()
+
+    def begin_anew(self, now: float, warm_s: float) -> None:
+        """It has restarted, and its cache is empty: it is warmed for so long. Nothing changes where that is 0."""
+        if warm_s > 0:
+            self._warm_s = warm_s
+            if not self._joining:
+                self._begin_warming(now)
+            self._settle()
+
+    def warming(self, now: float) -> bool:
+        """Whether it is ready and held back to be warmed."""
+        return not self._joining and now < self._warm_until
+
+    def warmed(self, now: float) -> None:
+        """It has what it needs: slow start begins. Harmless for one that was not held back."""
+        if self._joining or now < self._warm_until:
+            self._joining = False
+            self._warm_until = _NEVER
+            self.warm_from = now
+            self._settle()
+
+    def cordon(self, cordoned: bool) -> None:
+        self.cordoned = cordoned
+        self._settle()
+
+    def _begin_warming(self, now: float) -> None:
+        self._joining = False
+        self.warm_from = now + self._warm_s
+        self._warm_until = self.warm_from if self._warm_s > 0 else _NEVER
 
     # What requests show. `observe` is the way in.
 
@@ -160,7 +227,11 @@ class Health:
             self.warm_from = now
         elif self.warm_from is not None and now - self.warm_from >= self.rules.slow_start_s:
             self.warm_from = None
+        if now >= self._warm_until:
+            self._warm_until = _NEVER
         self.alive(now)
+        if self._joining:  # asked for want of any other: it is ready, whatever the probes will say
+            self._begin_warming(now)
         return Change.RECOVERED if recovered else None
 
     def alive(self, now: float) -> None:
@@ -217,6 +288,8 @@ class Health:
         if ready:
             self.cooldown.succeeded()
             self._returned(now)
+            if self._joining:
+                self._begin_warming(now)
         elif self._away_since is None:
             self._away_since = now
         self._end_idle_stall(now)
@@ -241,6 +314,7 @@ class Health:
     def forget_probes(self) -> None:
         """Nobody probes it any more, so that nothing could take back what the last probes showed."""
         self._probe_failures = 0
+        self._joining = False
         if self._not_ready:
             self._not_ready = False
             self._away_since = None
@@ -353,6 +427,9 @@ class Health:
             or self._not_ready
             or self._probe_failures
             or self._stalled_at is not None
+            or self._joining
+            or self._warm_until > _NEVER
+            or self.cordoned
         )
 
 

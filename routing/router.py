@@ -19,15 +19,18 @@ from random import Random
 
 from routing.adapters import NO_SLOT, stay_where_loaded
 from routing.calibration import Calibration
-from routing.filters import SOFT, TOO_LONG, exclusion_reason, fits
+from routing.filters import HELD_BACK, SOFT, TOO_LONG, exclusion_reason, fits
+from routing.health import CORDONED
 from routing.index import PrefixIndex
-from routing.prefix import Digest
+from routing.prefix import Digest, Prefix
 from routing.types import Chooser, Decision, Exclusion, InferenceRequest, Replica, View
 
 ALL_COOLING_DOWN = "all_cooling_down"
 ALL_UNHEALTHY = "all_unhealthy"
 OVER_CAPACITY = "over_capacity"
 """Reason of decisions for a replica that has as much as it runs at once; its limit is not reached."""
+NEW_OR_CORDONED = "new_or_cordoned"
+"""Reason of decisions for a replica that is being warmed, or takes no new prompts: nobody else may be used."""
 NONE_AVAILABLE = "none_available"
 PANIC = frozenset({ALL_COOLING_DOWN, ALL_UNHEALTHY})
 """Reasons of decisions for want of any replica that looks well."""
@@ -118,6 +121,13 @@ class PoolState:
         if flight is not None:
             flight.dispatched_at = now
 
+    def warmed(self, prefix: Prefix, replica: Replica) -> None:
+        """The replica was made to read this prompt, beside all requests: it is believed to be cached there."""
+        slot = self.slot(replica)
+        new = self.index.insert(slot, prefix)
+        if new and self.on_change is not None:
+            self.on_change(Change(replica, new, self.index.weights(slot, new)))
+
     def begin_anew(self, replica: Replica) -> None:
         """The replica's cache is empty: it has restarted, was flushed, or has other weights."""
         slot = self.slots.get(replica)
@@ -196,9 +206,11 @@ class Router:
         candidates, excluded, forced = _candidates(request, replicas, now, tried)
         if not candidates:
             return Decision(None, NONE_AVAILABLE, excluded)
+        view = self.view(request, now)
+        if excluded and not forced:
+            candidates, excluded = _with_holders(request, candidates, excluded, view)
         if self.stay_where_loaded and request.adapter is not None:
             candidates = list(stay_where_loaded(request.adapter, candidates))
-        view = self.view(request, now)
         if not self._quiet:
             self.state.calibration.pool = replicas
         chosen = self.chooser(request, candidates, view)
@@ -362,9 +374,35 @@ def _candidates(
     return (candidates, excluded, "") if candidates else _second_best(request, excluded)
 
 
+def _with_holders(
+    request: InferenceRequest, candidates: list[Replica], excluded: list[Exclusion], view: View
+) -> tuple[list[Replica], list[Exclusion]]:
+    """With those among the candidates that are cordoned and hold this prompt: its session was there last, or they are
+    believed to have more of it than anybody who takes new ones, and more than the first block, which is often shared
+    by prompts that have nothing else in common."""
+    cordoned = [each.replica for each in excluded if each.reason == CORDONED]
+    if not cordoned:
+        return candidates, excluded
+    matches, prefix = view.matches, request.prefix
+    most = max(matches.get(each, 0) for each in candidates)
+    if prefix is not None and prefix.ends:
+        most = max(most, int(prefix.ends[0] * prefix.unit_tokens))
+    holders = [
+        each
+        for each in cordoned
+        if (each is view.session or matches.get(each, 0) > most)
+        and (each.ceiling is None or each.in_flight < each.ceiling)
+        and fits(request, each)
+    ]
+    if not holders:
+        return candidates, excluded
+    return [*candidates, *holders], [each for each in excluded if each.replica not in holders]
+
+
 def _second_best(request: InferenceRequest, excluded: list[Exclusion]) -> tuple[list[Replica], list[Exclusion], str]:
     """Who may be asked when all are excluded: those that merely have enough to do, else those where an adapter has to
-    wait for a slot, else those under suspicion, else those whose context is too short as far as one can tell.
+    wait for a slot, else those that are held back, else those under suspicion, else those whose context is too short as
+    far as one can tell.
 
     With what remains excluded, and the reason to give.
     """
@@ -375,6 +413,10 @@ def _second_best(request: InferenceRequest, excluded: list[Exclusion]) -> tuple[
     behind = [each.replica for each in excluded if each.reason == NO_SLOT]
     if behind:
         return behind, excluded, NO_SLOT
+    held_back = [each.replica for each in excluded if each.reason in HELD_BACK and fits(request, each.replica)]
+    if held_back:
+        used = set(held_back)
+        return held_back, [each for each in excluded if each.replica not in used], NEW_OR_CORDONED
     suspects = [each for each in excluded if each.reason in SOFT]
     fitting = [each for each in suspects if fits(request, each.replica)]
     short = [each.replica for each in excluded if each.reason == TOO_LONG]

@@ -127,6 +127,11 @@ class Replica:
     def cooldown(self) -> Cooldown:
         return self.health.cooldown
 
+    @property
+    def cordoned(self) -> bool:
+        """An operator has asked for no new prompts to be sent here: only those that it holds."""
+        return self.health.cordoned
+
     def unavailable_reason(self, now: float) -> str | None:
         """Why no request may go here at `now` (seconds, any monotonic clock); None when one may."""
         # What binds comes before what is only suspected: a policy may ignore a mark of ill health when nothing else

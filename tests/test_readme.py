@@ -140,13 +140,15 @@ print(answer.choices[0].text)
 
 
 def test_configuration_examples_are_accepted(tmp_path: Path) -> None:
-    example, with_keys = blocks("yaml")
+    example, with_keys, found = blocks("yaml")
     file = tmp_path / "tidegate.yaml"
     file.write_text(example)
     assert load(file, {}).models["chat"].aliases == ("gpt-4o-mini",)
     file.write_text(example + with_keys)
     settings = load(file, {})
     assert (settings.auth, settings.tenants["search"].weight) == ("keys", 4)
+    file.write_text("models: {chat: {backend: pool}}\n" + found)
+    assert load(file, {}).backends["pool"].replicas == ()
 
 
 def test_every_make_target_and_file_that_is_mentioned_exists() -> None:

@@ -30,6 +30,7 @@ from gateway.error_replies import ERROR_HANDLERS
 from gateway.errors import InvalidRequest
 from gateway.operations import NoWorkerAnswers, Operations, body_of, json_response
 from gateway.policy import About, GuardedRoute, Who, guarded
+from gateway.scaling.shown import families
 from gateway.sources import WORKER_UP, Silent, Source, ask_all
 
 DEFAULT_RECORDS = 100
@@ -65,7 +66,7 @@ def private_app(sources: Sequence[Source], routes: Sequence[GuardedRoute] = ()) 
 
 
 def _routes(sources: Sequence[Source], routes: Sequence[GuardedRoute], desk: Desk | None = None) -> list[GuardedRoute]:
-    admin = _Admin(sources)
+    admin = _Admin(sources, desk)
     found = [
         GuardedRoute(METRICS_PATH, admin.metrics, Who.LOCAL, methods=["GET"], about=About(media=CONTENT_TYPE_LATEST)),
         GuardedRoute("/admin/fleet", admin.fleet, Who.READER, methods=["GET"]),
@@ -81,14 +82,16 @@ def _routes(sources: Sequence[Source], routes: Sequence[GuardedRoute], desk: Des
 
 
 class _Admin:
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], desk: Desk | None) -> None:
         self._sources = sources
+        self._desk = desk
 
     async def metrics(self, request: Request) -> Response:
         """All workers' metrics, in Prometheus' text format."""
         answers = await ask_all(self._sources, lambda source: source.metrics())
         registry = CollectorRegistry()
-        registry.register(_Families(merged(answers)))
+        own = [] if self._desk is None else families(self._desk.scaling.helms.values())
+        registry.register(_Families([*merged(answers), *own]))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def fleet(self, request: Request) -> Response:

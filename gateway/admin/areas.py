@@ -7,11 +7,13 @@ from gateway.admin import audit, login, pages
 from gateway.admin.desk import Desk
 from gateway.fleet_view import routes as fleet_view
 from gateway.inspection import routes as inspection
+from gateway.members import routes as members
 from gateway.policy import GuardedRoute
 from gateway.rollups import routes as rollups
+from gateway.scaling import routes as scaling
 from gateway.steering import routes as steering
 
-AREAS = (pages, login, audit, rollups, fleet_view, inspection, accounts, steering)
+AREAS = (pages, login, audit, rollups, fleet_view, inspection, accounts, steering, members, scaling)
 
 
 def area_routes(desk: Desk) -> list[GuardedRoute]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,14 @@ from gateway.admin.access import Access
 from gateway.admin.audit import AuditLog
 from gateway.config import Settings
 from gateway.inspection.door import Door
+from gateway.members.drains import Drains
+from gateway.members.registering import Registrations
+from gateway.members.service import Members
 from gateway.rollups.hub import Hub
 from gateway.rollups.service import Rollups
+from gateway.scaling.service import ScalingService
 from gateway.sources import Source
+from gateway.steering.reading import ConfigReader
 
 if TYPE_CHECKING:
     from gateway.database.database import Database
@@ -55,13 +61,44 @@ class Desk:
         self.access = Access(lambda: self.settings.admin)
         """Tokens, and who has logged in."""
         self.audit = AuditLog(database, state_dir)
+        drains = Drains(sources, settings)
+        self.members = Members(settings, read if isinstance(read, ConfigReader) else None, reload, drains, state_dir)
+        """Where replicas come from that nobody has written down."""
+        self.registrations = Registrations(self.members, sources, settings)
+        self._beside: list[asyncio.Task[None]] = []
+        self._drains = drains
         self.rollups = Rollups(sources, settings, state_dir, self.hub)
         self.costs = Costs(sources, state_dir)
+        self.scaling = ScalingService(self)
+        """How many replicas there should be."""
 
     @property
     def settings(self) -> Settings:
         """Those in force."""
         return self._settings()
+
+    async def find(self) -> None:
+        """Look for replicas, and put those that are found into force; go on looking, and see to it that there are as
+        many as are needed. Whether or not operators have a listener, and before requests are served."""
+        await self.members.start()
+        loop = asyncio.get_running_loop()
+        self._beside = [
+            loop.create_task(self._drains.run(), name="drains of members"),
+            loop.create_task(self.registrations.run(), name="registrations"),
+        ]
+        await self.scaling.start()
+
+    def follow(self) -> None:
+        """The settings in force are others now."""
+        self.members.follow(self.settings)
+
+    async def lose(self) -> None:
+        """End what `find` began."""
+        await self.scaling.aclose()
+        for task in self._beside:
+            task.cancel()
+        await asyncio.gather(*self._beside, return_exceptions=True)
+        await self.members.aclose()
 
     async def start(self) -> None:
         """Begin what runs beside the answers."""

@@ -198,6 +198,6 @@ def _open_paths(app: ASGIApp, local: bool) -> list[tuple[re.Pattern[str], frozen
     found = {}
     for route in routes:
         if route.who is Who.ANYONE or (local and route.who is Who.LOCAL):
-            rest = [each for each in routes if each.path == route.path and each.who.rank]
+            rest = [each for each in routes if each.path == route.path and each.who.is_role]
             found[route.path] = (route.path_regex, frozenset(m for each in rest for m in each.methods or ()))
     return list(found.values())

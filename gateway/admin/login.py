@@ -152,6 +152,8 @@ class _Logins:
             self._access.throttle.failed(address, now)
             self._desk.audit.failed_login(address)
             raise LoginRefused("This is not a token of this gateway.", param="token")
+        if operator.role is Who.REGISTRAR:
+            raise LoginRefused("This token is a replica's: it registers, and has nothing to look at.", param="token")
         session, told = await self.begin(request, session_name(operator), operator.role, "token")
         response = json_response(msgspec.to_builtins(self._signed(request.scope[OPERATOR], session)), 201)
         response.headers.append("set-cookie", told)

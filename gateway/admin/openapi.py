@@ -125,7 +125,7 @@ def _operation(route: GuardedRoute, method: str, schemas: Mapping[int, Json]) ->
     if about.body is not None and method not in _SAFE:
         content = {"application/json": {"schema": schemas[id(about.body)]}}
         found["requestBody"] = {"required": True, "content": content}
-    if not route.who.rank:
+    if not route.who.is_role:
         found["security"] = []
     return found
 
@@ -142,7 +142,7 @@ def _answer(about: About, schemas: Mapping[int, Json]) -> Json:
 
 def _refusals(route: GuardedRoute) -> Json:
     codes: dict[int, list[str]] = {}
-    groups = [_ANY, _ROLES] if route.who.rank or route.who is Who.LOCAL else [_ANY]
+    groups = [_ANY, _ROLES] if route.who.is_role or route.who is Who.LOCAL else [_ANY]
     for group in groups:
         for status, names in group.items():
             codes.setdefault(status, []).extend(names)

@@ -74,6 +74,7 @@ def _fixed(pool: str, seen: Sequence[ReplicaGlance]) -> dict[str, Any]:
         "weight": first.weight,
         "ceiling": None if None in ceilings else sum(each for each in ceilings if each is not None),
         "draining": all(each.draining for each in seen),
+        "cordoned": all(each.cordoned for each in seen),
         "warm_budget": max((each.warm_budget for each in seen if each.warm_budget is not None), default=None),
         "prefill_tokens_per_s": _rate(first.prefill_ms),
         "tokens_per_s": _rate(first.step_ms),
@@ -103,11 +104,14 @@ def _row(seen: Sequence[ReplicaGlance], states: dict[tuple[str, str], int]) -> l
 
 
 def _kind(seen: Sequence[ReplicaGlance], worst: ReplicaGlance, reason: str) -> str:
-    """One word for the map: `ok`, `recovering` (a part of its usual work), `full`, `draining` or `down`."""
+    """One word for the map: `ok`, `recovering` (it gets a part of its usual work, or will), `full`, `cordoned`,
+    `draining` or `down`."""
     if any(each.draining for each in seen):
         return "draining"
-    if reason == "full":
-        return "full"
+    if reason in ("full", "cordoned"):
+        return reason
+    if reason in ("joining", "warming"):
+        return "recovering"
     if reason:
         return "down"
     return "ok" if worst.share >= 1.0 else "recovering"

@@ -48,6 +48,7 @@ class ReplicaGlance(msgspec.Struct, array_like=True, gc=False):
     adapters: list[str]
     """LoRA adapters in its memory."""
     loading: list[str]
+    cordoned: bool = False
 
 
 class PoolGlance(msgspec.Struct, array_like=True, gc=False):
@@ -99,4 +100,5 @@ def _replica(pool: Pool, replica: Replica, stats: IndexStats, now: float) -> Rep
         step_ms=speed.step_ms,
         adapters=[each.name for each in pool.upstreams[replica].adapters if each.resident],
         loading=sorted(replica.loading),
+        cordoned=replica.cordoned,
     )

@@ -36,10 +36,11 @@ _TROUBLES = {
     "stalled": ("has stopped making progress", "The engine hangs: restart it. Its requests are moved or ended."),
     "credential_refused": ("refuses its key", "Check the pool's api_key; the provider may have revoked it."),
     "draining": ("is drained", "Undrain it when it should work again."),
+    "cordoned": ("is cordoned", "Uncordon it when it should take new prompts again."),
 }
 """What is said of each reason for getting no work, and what to do."""
-_SERIOUS = frozenset(_TROUBLES) - {"draining", "half_open"}
-_OUT = frozenset(_TROUBLES) - {"half_open"}
+_SERIOUS = frozenset(_TROUBLES) - {"draining", "cordoned", "half_open"}
+_OUT = frozenset(_TROUBLES) - {"cordoned", "half_open"}
 """Of these a replica gets nothing at all."""
 
 

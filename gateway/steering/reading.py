@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.config import ConfigError, Reading, Settings, read_all
+from gateway.config.found import Found
 from gateway.config.layer import Layer
 from gateway.config.lines import Document
 from gateway.steering.files import OverrideFile
@@ -52,6 +53,8 @@ class ConfigReader:
         self._options = dict(options or {})
         self._check = check
         self._last: Reads | None = None
+        self.found: Callable[[], Found] = dict
+        """Replicas that were discovered, as they are now (`gateway.members`)."""
 
     @property
     def last(self) -> Reads:
@@ -71,19 +74,20 @@ class ConfigReader:
 
     def trial(self, book: Book) -> Reading:
         """What would be in force with these overrides. Raises `ConfigError` for anything that is wrong with them."""
-        return self._read(book.layer, self.last.reading.document)
+        return self._read(book.layer, self.last.reading.document, self.found())
 
     def _take(self, document: Document | None) -> Settings:
         book = Book() if self.file is None else self.file.read()
-        plain = self._read((), document)
+        found = self.found()
+        plain = self._read((), document, found)
         document = plain.document
         refused: dict[tuple[str, ...], str] = {}
         reading = plain
         if book.overrides:
             try:
-                reading = self._read(book.layer, document)
+                reading = self._read(book.layer, document, found)
             except ConfigError:
-                reading, refused = self._as_many(book, plain)
+                reading, refused = self._as_many(book, plain, found)
         for path, reason in refused.items():
             logger.warning("the override of %s is left out: %s", shown(path), reason)
         for path in reading.unused:
@@ -91,7 +95,7 @@ class ConfigReader:
         self._last = Reads(reading, plain, book, refused)
         return reading.settings
 
-    def _as_many(self, book: Book, plain: Reading) -> tuple[Reading, dict[tuple[str, ...], str]]:
+    def _as_many(self, book: Book, plain: Reading, found: Found) -> tuple[Reading, dict[tuple[str, ...], str]]:
         """As many of the overrides as go together, the older before the newer."""
         kept: Layer = ()
         refused: dict[tuple[str, ...], str] = {}
@@ -99,7 +103,7 @@ class ConfigReader:
         while waiting:
             layer = waiting.pop()
             try:
-                reading = self._read([*kept, *layer], plain.document)
+                reading = self._read([*kept, *layer], plain.document, found)
                 kept = [*kept, *layer]
             except ConfigError as error:
                 if len(layer) == 1:
@@ -109,7 +113,7 @@ class ConfigReader:
                     waiting += [layer[half:], layer[:half]]
         return reading, refused
 
-    def _read(self, layer: Layer, document: Document | None) -> Reading:
-        reading = read_all(self.path, self._environ, self._options, layer=layer, document=document)
+    def _read(self, layer: Layer, document: Document | None, found: Found) -> Reading:
+        reading = read_all(self.path, self._environ, self._options, layer=layer, document=document, found=found)
         self._check(reading.settings)
         return reading

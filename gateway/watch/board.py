@@ -14,6 +14,7 @@ from backends.signals import ADAPTERS as ADAPTERS_SIGNAL
 from backends.signals import LOAD as LOAD_SIGNAL
 from backends.upstream import Upstream
 from gateway.fleet import Pool
+from gateway.notices import KINDS
 from gateway.runtime import Runtime
 from gateway.store.protocol import Fact
 from gateway.watch import notes
@@ -43,8 +44,10 @@ class Board:
 
     def reset(self) -> None:
         """Forget what only facts can hold in place."""
+        self._runtime.notices.reset()
         for upstream in self._runtime.fleet.upstreams():
             upstream.replica.draining = False
+            upstream.replica.health.cordon(False)
 
     def apply(self, fact: Fact, *, old: bool = False) -> None:
         """Take one fact in; an old one was posted before this reading began.
@@ -52,6 +55,9 @@ class Board:
         What cannot be read, or is about a replica that is not here, is passed over.
         """
         kind, pool_name, identity, observer = (*fact.key.split("/", 3), "", "", "")[:4]
+        if kind in KINDS:
+            self._runtime.notices.apply(kind, fact.key, fact.value)
+            return
         pool = self._runtime.fleet.pools.get(pool_name)
         if pool is None or (kind == notes.PROBE and not pool.settings.health.probe):
             return
@@ -72,6 +78,8 @@ class Board:
         upstream = pool.upstreams[replica]
         if kind == notes.DRAIN:
             self._drain(replica, value is not None)
+        elif kind == notes.CORDON:
+            _cordon(replica, value is not None)
         elif value is None:
             if kind == notes.LOAD:
                 replica.load = None
@@ -85,7 +93,9 @@ class Board:
         elif kind == notes.LOAD:
             _load(replica, upstream, pool.routing, _read(value, notes.LoadNote), now)
         elif kind == notes.INFO:
-            _info(replica, upstream, pool.routing, _read(value, notes.InfoNote), now)
+            _info(replica, upstream, pool, _read(value, notes.InfoNote), now)
+        elif kind == notes.WARMED:
+            _warmed(replica, _read(value, notes.WarmedNote), now)
         elif kind == notes.ADAPTERS:
             _adapters(upstream, _read(value, notes.AdaptersNote))
         elif kind == notes.GPUS:
@@ -201,9 +211,23 @@ def _note_foreign(replica: Replica, load: EngineLoad, previous: Load | None, now
     work.peer(FOREIGN, Totals(waiting, tokens, extra - waiting, held), now)
 
 
-def _info(replica: Replica, upstream: Upstream, routing: PoolState, note: notes.InfoNote | None, now: float) -> None:
+def _cordon(replica: Replica, cordoned: bool) -> None:
+    if replica.cordoned != cordoned:
+        replica.health.cordon(cordoned)
+        text = "is cordoned: no new prompts" if cordoned else "takes new prompts again"
+        logger.info("replica %s %s", replica.name, text)
+
+
+def _warmed(replica: Replica, note: notes.WarmedNote | None, now: float) -> None:
+    """What was posted in an earlier life of the engine says nothing of this one."""
+    if note is not None and (not note.epoch or replica.epoch in (None, note.epoch)):
+        replica.health.warmed(now)
+
+
+def _info(replica: Replica, upstream: Upstream, pool: Pool, note: notes.InfoNote | None, now: float) -> None:
     if note is None:
         return
+    routing = pool.routing
     anew = replica.epoch is not None and replica.epoch != note.epoch
     if anew:
         logger.info("replica %s has begun anew: its cache is empty", replica.name)
@@ -214,6 +238,8 @@ def _info(replica: Replica, upstream: Upstream, routing: PoolState, note: notes.
     replica.epoch = note.epoch
     if anew:
         routing.begin_anew(replica)
+        if not upstream.hosted:
+            replica.health.begin_anew(now, pool.settings.warm_up.hold_s)
     upstream.info = note.info
     replica.context_tokens = note.info.context_tokens
     _state_capacity(replica, upstream, routing)

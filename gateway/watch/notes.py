@@ -6,10 +6,13 @@ from now or as wall-clock time, never as a monotonic clock, which means nothing 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from backends.dialects.protocol import Adapter, EngineInfo, EngineLoad
 from backends.gpus import Gpu
+from gateway.store.protocol import Store
 from routing.types import Replica
 
 PROBE = "probe"
@@ -19,6 +22,8 @@ ADAPTERS = "adapters"
 LOADING = "loading"
 GPUS = "gpus"
 DRAIN = "drain"
+CORDON = "cordon"
+WARMED = "warmed"
 EJECTED = "ejected"
 RECOVERED = "recovered"
 
@@ -64,6 +69,17 @@ class DrainNote(msgspec.Struct, frozen=True):
     since_unix_s: float
 
 
+class CordonNote(msgspec.Struct, frozen=True):
+    since_unix_s: float
+
+
+class WarmedNote(msgspec.Struct, frozen=True):
+    """A replica that was held back to be warmed has what it needs."""
+
+    epoch: str
+    """Of the life in which that was done; empty: not known."""
+
+
 class EjectionNote(msgspec.Struct, frozen=True):
     until_unix_s: float
 
@@ -75,6 +91,14 @@ def replica_key(replica: Replica) -> str:
     engine fall on another.
     """
     return f"{replica.pool}/{replica.identity}"
+
+
+async def forget_orders(store: Store, replicas: Iterable[Replica]) -> None:
+    """End what was ordered about replicas that have left their pool for good, and what holds of their last moment:
+    another engine may get the address of one, and must not be born drained, ready or warm. Raises `StoreError`."""
+    for replica in replicas:
+        for kind in (DRAIN, CORDON, PROBE, WARMED):
+            await store.withdraw(key(kind, replica))
 
 
 def key(kind: str, replica: Replica, observer: str = "") -> str:

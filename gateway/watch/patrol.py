@@ -40,6 +40,8 @@ GPUS_S = 15.0
 """Half of the period at which NVIDIA's exporter reads the devices."""
 NOT_OFFERED_S = 60.0
 """How long what an engine does not offer is not asked for again, unless it begins anew before."""
+WARMED_S = 60.0
+"""How long it is told that a replica is warm, for workers that have to wait for the store."""
 LONGEST_FACT_S = 86_400.0
 MANY_MODELS = 100
 MANY_ADAPTERS = 200
@@ -49,8 +51,17 @@ MANY_ADAPTERS = 200
 class Patrol:
     """One worker's rounds at one replica."""
 
-    def __init__(self, upstream: Upstream, backend: Backend, model: str | None, store: Store, holder: str) -> None:
-        """`model`: the name that its requests carry; a hosted API is asked about that one."""
+    def __init__(
+        self,
+        upstream: Upstream,
+        backend: Backend,
+        model: str | None,
+        store: Store,
+        holder: str,
+        warm: Callable[[Upstream, float], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        """`model`: the name that its requests carry; a hosted API is asked about that one. `warm`: gives a replica that
+        is new or begins anew what it needs before its first request, within so many seconds."""
         self._upstream = upstream
         self._health = backend.health
         self._dcgm = next((each.dcgm for each in backend.replicas if each.name == upstream.replica.name), None)
@@ -59,6 +70,8 @@ class Patrol:
         self._adapters_load = backend.adapters_load
         self._adapter_slots: int | None = None
         """As many as the engine last said."""
+        self._warm = warm
+        self._warm_s = backend.warm_up.hold_s
         self._model = upstream.model or model
         self._store = store
         self._holder = holder
@@ -115,6 +128,8 @@ class Patrol:
                 await self._do(gpus=partial(self._ask_gpus, self._dcgm))
             if not self._was_away:
                 await self._do(rest=self._ask_rest)
+            if self._warm is not None and replica.health.warming(time.monotonic()):
+                await self._do(warm=partial(self._warm_up, self._warm))
         else:
             # Whoever holds the lease knows better what has changed meanwhile; begin from nothing when it is ours.
             self._due.clear()
@@ -145,6 +160,15 @@ class Patrol:
     async def _ask_rest(self) -> None:
         await self._ask_info()
         await self._ask_adapters()
+
+    async def _warm_up(self, warm: Callable[[Upstream, float], Coroutine[Any, Any, None]]) -> None:
+        """Warm it, and have all workers use it."""
+        replica = self._upstream.replica
+        before = replica.epoch
+        await warm(self._upstream, self._warm_s)
+        if before in (None, replica.epoch):  # else it has begun anew meanwhile, and so does this
+            replica.health.warmed(time.monotonic())  # not twice, should the next round come before the news
+            await self._post(notes.WARMED, notes.WarmedNote(replica.epoch or ""), self._warm_s + WARMED_S)
 
     async def _may_try(self) -> bool:
         """Whether this worker is the one to send an ejected replica a request; without a store, each is."""

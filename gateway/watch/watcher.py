@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from backends.upstream import Upstream
-from gateway.config import KvEvents
+from gateway.config import Backend, KvEvents
 from gateway.fleet import Pool
 from gateway.runtime import Runtime
 from gateway.store.protocol import START, Store, StoreError
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 10.0
 _AGAIN_S = 1.0
 _RECOVERED_S = 5.0
+_NOT_OF_ONE_REPLICA = {"replicas": (), "discovery": None, "launch": None, "scaling": None}
+"""Parts of a pool's settings that a patrol at one replica does not go by."""
 
 
 class Watcher:
@@ -46,8 +48,10 @@ class Watcher:
         self._rng = rng
         self._holder = f"{os.getpid()}-{secrets.token_hex(6)}"
         self._board = Board(runtime, self._holder)
-        self._patrols: dict[Upstream, asyncio.Task[None]] = {}
-        self._rounds: list[Patrol] = []
+        self._patrols: dict[Upstream, tuple[object, Patrol, asyncio.Task[None]]] = {}
+        """By replica: what its patrol was made from, and the patrol."""
+        self._settings_of: dict[str, Backend] = {}
+        """By pool: what its patrols go by."""
         self._listeners: dict[Upstream, tuple[KvListener, asyncio.Task[None]]] = {}
         self._zmq: zmq.Context[Socket] | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -64,7 +68,7 @@ class Watcher:
         """
         try:
             async with asyncio.timeout(within_s):
-                await asyncio.gather(*(patrol.made_a_round.wait() for patrol in self._rounds))
+                await asyncio.gather(*(patrol.made_a_round.wait() for _, patrol, _ in self._patrols.values()))
         except TimeoutError:
             logger.info("not every replica has answered yet; serving all the same")
         try:
@@ -78,23 +82,38 @@ class Watcher:
     def refresh(self) -> None:
         """Watch the fleet as it is now: after a start and after every reload."""
         fleet = self._runtime.fleet
-        kept: dict[Upstream, asyncio.Task[None]] = {}
-        rounds: list[Patrol] = []
+        patrols: dict[Upstream, tuple[object, Patrol, asyncio.Task[None]]] = {}
+        anew = self._reader is None
         for pool in fleet.pools.values():
             model = self._model_of(pool)
+            settings = pool.settings.model_copy(update=_NOT_OF_ONE_REPLICA)
+            if (before := self._settings_of.get(pool.name)) == settings:
+                settings = before  # told by identity from here on: equality looks at everything, for each replica
+            self._settings_of[pool.name] = settings
+            entries = {each.name: each for each in pool.settings.replicas}
             for upstream in pool.upstreams.values():
-                # Settings may have changed: every patrol begins anew, which costs one round of questions.
-                patrol = Patrol(upstream, pool.settings, model, self._store, self._holder)
-                rounds.append(patrol)
-                kept[upstream] = asyncio.create_task(self._walk(patrol), name=f"patrol {upstream.replica.name}")
-        for task in self._patrols.values():
+                # Where anything has changed a patrol begins anew, which costs one round of questions. Replicas come
+                # and go by the minute where they are discovered: that must not have all the others asked again.
+                wanted = (settings, entries[upstream.replica.name], model)
+                known = self._patrols.pop(upstream, None)
+                if known is not None and known[0] == wanted:
+                    patrols[upstream] = known
+                    continue
+                if known is not None:
+                    known[2].cancel()
+                warm = self._runtime.warmer.warm
+                patrol = Patrol(upstream, pool.settings, model, self._store, self._holder, warm)
+                task = asyncio.create_task(self._walk(patrol), name=f"patrol {upstream.replica.name}")
+                patrols[upstream] = (wanted, patrol, task)
+                anew = True
+        for _, _, task in self._patrols.values():
             task.cancel()
-        self._patrols = kept
-        self._rounds = rounds
+        self._patrols = patrols
         self._refresh_listeners()
-        if self._reader is not None:
-            self._reader.cancel()
-        self._reader = asyncio.create_task(self._read(), name="board")
+        if anew:  # facts about replicas that are new here were passed over when they came
+            if self._reader is not None:
+                self._reader.cancel()
+            self._reader = asyncio.create_task(self._read(), name="board")
 
     def _refresh_listeners(self) -> None:
         """Follow the KV events of the replicas that are to be followed; those that were keep what they know."""
@@ -143,7 +162,8 @@ class Watcher:
     async def aclose(self) -> None:
         self._runtime.witness.on_change = None
         listening = [task for _, task in self._listeners.values()]
-        tasks = [*listening, *self._patrols.values(), *([self._reader] if self._reader is not None else [])]
+        patrols = [task for _, _, task in self._patrols.values()]
+        tasks = [*listening, *patrols, *([self._reader] if self._reader is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

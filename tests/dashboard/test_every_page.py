@@ -37,6 +37,7 @@ PAGES = (
     "limits",
     "cost",
     "policies",
+    "scaling",
     "audit",
     "settings",
     "overview",  # the last, so that its charts have something to show in the picture

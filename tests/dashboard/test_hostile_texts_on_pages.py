@@ -25,8 +25,8 @@ from tests.support.browsing import WITHIN_MS, Problems, Visit, sign_in
 from tests.support.fleet_rig import Rig, fleet_rig, fleet_sections
 
 PAGES = (
-    *("overview", "fleet", "requests", "playground", "tenants", "limits", "cost", "policies", "audit", "settings"),
-    *("fleet/chat-pool/eu-0", "requests?model=code", "nowhere"),
+    *("overview", "fleet", "requests", "playground", "tenants", "limits", "cost", "policies", "scaling"),
+    *("audit", "settings", "fleet/chat-pool/eu-0", "requests?model=code", "nowhere"),
 )
 MODELS = [text for text in HOSTILE.values() if text.isascii() and text.isprintable() and " " not in text][:12]
 """Those that a configuration takes as the name of a model."""

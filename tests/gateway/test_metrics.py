@@ -57,6 +57,7 @@ from gateway.store.places import Band
 from gateway.telemetry.counts import telemetry_families
 from gateway.tenant_metrics import MAX_TENANTS, OTHER_TENANT
 from gateway.verdict import Again, Verdict
+from gateway.warmup.warmer import warm_up_families
 from gateway.watch.witness import Witness
 from loadtests.engine import FakeEngine
 from loadtests.rawclient import CHAT
@@ -116,6 +117,7 @@ def everything() -> list[Metric]:
         *fallback_metrics(),
         *attempt_metrics(),
         *adapter_metrics(),
+        *warm_up_families({("pool", "answered"): 1}),
         *overload_metrics(),
         *route_families([used_pool()]),
         *retry_families([used_pool()], 0.0),

@@ -25,6 +25,7 @@ def state(name: str = "pool-0", **known: Any) -> dict[str, Any]:
         "unavailable_reason": None,
         "health": "healthy",
         "draining": False,
+        "cordoned": False,
         "epoch": None,
         "load": None,
         "info": None,

@@ -17,7 +17,7 @@ from gateway.policy import GuardedRoute
 from tests.security.test_routes import OPERATORS
 from tests.support.admin_desk import READER, AdminSide, admin_side, bearer
 
-ROLES = ("reader", "operator", "owner")
+ROLES = ("registrar", "reader", "operator", "owner")
 
 
 async def described(folder: Path) -> tuple[dict[str, Any], list[GuardedRoute]]:

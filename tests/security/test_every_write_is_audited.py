@@ -38,6 +38,14 @@ WRITES: tuple[tuple[str, str, Any, str], ...] = (
     ("POST", "/admin/reload", None, "config.reload"),
     ("POST", "/admin/replicas/{pool}/{replica}/drain", None, "replica.drain"),
     ("POST", "/admin/replicas/{pool}/{replica}/undrain", None, "replica.undrain"),
+    ("POST", "/admin/replicas/{pool}/{replica}/cordon", None, "replica.cordon"),
+    ("POST", "/admin/replicas/{pool}/{replica}/uncordon", None, "replica.uncordon"),
+    ("PUT", "/admin/registrations/{pool}/{name}", {"url": "http://127.0.0.1:9"}, "replica.register"),
+    ("DELETE", "/admin/registrations/{pool}/{name}", None, "replica.leave"),
+    ("PUT", "/admin/scaling/{pool}", {"count": 3}, "scaling.hold"),
+    ("DELETE", "/admin/scaling/{pool}", None, "scaling.release"),
+    ("PUT", "/admin/agents/{agent}", {"pools": {"pool": {"max": 2}}}, "agent.report"),
+    ("POST", "/admin/pools/{pool}/roll", None, "pool.roll"),
     ("POST", "/admin/adapters", {"pool": "pool", "name": "a", "path": "/a"}, "adapter.load"),
     ("DELETE", "/admin/adapters/{pool}/{name}", None, "adapter.unload"),
     ("POST", "/admin/playground", {"request": CHAT}, "playground.send"),
@@ -63,7 +71,13 @@ async def test_every_write_leaves_an_entry_that_says_who(tmp_path: Path) -> None
             database=f"sqlite:///{tmp_path}/keys.db",
             models={"m": {"backend": "pool", "price": {"input": 3, "output": 3}}, "slow": {"backend": "slow"}},
             backends={
-                "pool": {"engine": "openai", "replicas": [{"url": each} for each in engine.urls]},
+                "pool": {
+                    "engine": "openai",
+                    "replicas": [{"url": each} for each in engine.urls],
+                    "discovery": {"registration": {}},
+                    "launch": {"model": "m", "count": 0, "command": ["true"]},
+                    "scaling": {"max": 4},
+                },
                 "slow": {"engine": "openai", "replicas": [{"url": slow.url}]},
             },
         ) as gateway,
@@ -85,7 +99,14 @@ async def test_every_write_leaves_an_entry_that_says_who(tmp_path: Path) -> None
         assert unsafe == {f"{method} {path}" for method, path, _, _ in WRITES} | UNWRITTEN
 
         made = (await ask("POST", "/admin/keys", {"tenant": "acme"})).json()
-        names = {"pool": "pool", "replica": "pool-0", "model": "m", "name": "initech", "id": made["id"]}
+        names = {
+            "pool": "pool",
+            "replica": "pool-0",
+            "model": "m",
+            "name": "initech",
+            "agent": "gpu1",
+            "id": made["id"],
+        }
         key = {"authorization": f"Bearer {made['key']}"}
         under_way = asyncio.create_task(
             client.post(f"{url}/v1/chat/completions", json={**CHAT, "model": "slow"}, headers=key)

@@ -38,6 +38,7 @@ from tests.gateway.admission.keyed import KEY, admitting, keyed
 from tests.support.admin_desk import OPERATOR as OPERATORS_TOKEN
 from tests.support.admin_desk import OWNER as ADMIN_TOKEN
 from tests.support.admin_desk import READER as READERS_TOKEN
+from tests.support.admin_desk import REGISTRAR as REGISTRARS_TOKEN
 from tests.support.admin_desk import SAME_ORIGIN, AdminSide, admin_side, bearer
 from tests.support.client import connect
 from tests.support.serving import Serving
@@ -62,6 +63,7 @@ CLIENTS = {
     "/tidegate/playground/v1/completions": Who.LOCAL,
 }
 ANYONE, LOCAL, READER, OPERATOR, OWNER = Who.ANYONE, Who.LOCAL, Who.READER, Who.OPERATOR, Who.OWNER
+REGISTRAR = Who.REGISTRAR
 OPERATORS: dict[str, dict[str, Who]] = {
     "/metrics": {"GET": LOCAL},
     # The dashboard's files and the way in: they say nothing of this gateway.
@@ -86,12 +88,22 @@ OPERATORS: dict[str, dict[str, Who]] = {
     "/admin/requests/{id}": {"GET": READER, "DELETE": OPERATOR},
     "/admin/explain": {"POST": OPERATOR},
     "/admin/playground": {"GET": READER, "POST": OPERATOR},
+    # Where replicas come from.
+    "/admin/members": {"GET": READER},
+    "/admin/registrations/{pool}/{name}": {"PUT": REGISTRAR, "DELETE": REGISTRAR},
     # What is steered.
     "/admin/replicas": {"GET": READER},
     "/admin/replicas/{pool}/{replica}": {"GET": READER},
     "/admin/replicas/{pool}/{replica}/drain": {"POST": OPERATOR},
     "/admin/replicas/{pool}/{replica}/undrain": {"POST": OPERATOR},
+    "/admin/replicas/{pool}/{replica}/cordon": {"POST": OPERATOR},
+    "/admin/replicas/{pool}/{replica}/uncordon": {"POST": OPERATOR},
     "/admin/replicas/{pool}/{replica}/weight": {"PUT": OPERATOR, "DELETE": OPERATOR},
+    "/admin/scaling": {"GET": READER},
+    "/admin/scaling/{pool}": {"GET": READER, "PUT": OPERATOR, "DELETE": OPERATOR},
+    "/admin/agents": {"GET": READER},
+    "/admin/agents/{agent}": {"PUT": REGISTRAR},
+    "/admin/pools/{pool}/roll": {"POST": OPERATOR},
     "/admin/adapters": {"GET": READER, "POST": OPERATOR},
     "/admin/adapters/{pool}/{name:path}": {"DELETE": OPERATOR},
     "/admin/settings": {"GET": READER},
@@ -265,7 +277,7 @@ async def status_of(app: ASGIApp, method: str, path: str, headers: dict[str, str
 def shown_by(side: AdminSide, role: str) -> dict[str, str]:
     """What somebody of this role shows. Sessions are opened anew, since some routes end them."""
     kind, _, name = role.partition(" ")
-    tokens = {"owner": ADMIN_TOKEN, "operator": OPERATORS_TOKEN, "reader": READERS_TOKEN}
+    tokens = {"owner": ADMIN_TOKEN, "operator": OPERATORS_TOKEN, "reader": READERS_TOKEN, "registrar": REGISTRARS_TOKEN}
     if kind == "token" and name in tokens:
         return bearer(tokens[name])
     if name in tokens:
@@ -287,7 +299,10 @@ def shown_by(side: AdminSide, role: str) -> dict[str, str]:
     }[role]
 
 
-KNOWN = tuple(f"{kind} {role}" for kind in ("token", "session") for role in ("reader", "operator", "owner"))
+KNOWN = (
+    *(f"{kind} {role}" for kind in ("token", "session") for role in ("reader", "operator", "owner")),
+    "token registrar",
+)
 UNKNOWN = (
     *("nobody", "empty", "wrong", "nonsense", "client", "another header"),
     *("ended session", "made up session", "token as a cookie"),
@@ -342,8 +357,14 @@ def test_a_role_includes_those_below_it_and_no_other() -> None:
             assert has.includes(needed) == (roles.index(has) >= roles.index(needed))
         assert has.includes(Who.LOCAL)
         assert has.includes(Who.ANYONE)
-    for nobody in (Who.ANYONE, Who.KEY, Who.LOCAL):
+    for nobody in (Who.ANYONE, Who.KEY, Who.LOCAL, Who.REGISTRAR):
         assert not any(nobody.includes(needed) for needed in [*roles, Who.LOCAL, Who.KEY])
+
+
+def test_a_registrar_registers_and_looks_at_nothing_and_a_reader_does_not_register() -> None:
+    able = [role for role in Who if role.includes(Who.REGISTRAR)]
+    assert able == [Who.REGISTRAR, Who.OPERATOR, Who.OWNER]
+    assert [needed for needed in Who if Who.REGISTRAR.includes(needed)] == [Who.ANYONE, Who.REGISTRAR]
 
 
 async def test_a_route_with_a_role_is_closed_where_nobody_has_found_out_who_asks() -> None:

@@ -14,7 +14,7 @@ import { Login } from "./login.js";
 const PAGES = [
   ["overview", "Overview", "o"], ["fleet", "Fleet", "f"], ["requests", "Requests", "r"], ["playground", "Playground", "p"],
   ["tenants", "Tenants and keys", "t"], ["limits", "Limits", "l"], ["cost", "Cost", "c"], ["policies", "Policies", "y"],
-  ["audit", "Audit", "a"], ["settings", "Settings", "s"],
+  ["scaling", "Scaling", "e"], ["audit", "Audit", "a"], ["settings", "Settings", "s"],
 ];
 /** Where a heading of the list stands, before which page. */
 const GROUPS = { overview: "Watch", playground: "Try", tenants: "Accounts", policies: "Steer" };

@@ -38,9 +38,10 @@ function options(element, { series, kind, format, max }, now) {
       ...series.map((each, index) => ({
         label: each.label,
         stroke: each.colour ? variable(each.colour) : colour(index),
+        dash: each.dash,
         width: kind === "stack" || kind === "bars" ? 1 : 1.75,
-        fill: kind === "line" ? undefined : `${each.colour ? variable(each.colour) : colour(index)}${kind === "area" ? "22" : "99"}`,
-        paths: kind === "bars" ? uPlot.paths.bars({ size: [0.7, 40] }) : undefined,
+        fill: kind === "line" || kind === "steps" ? undefined : `${each.colour ? variable(each.colour) : colour(index)}${kind === "area" ? "22" : "99"}`,
+        paths: kind === "bars" ? uPlot.paths.bars({ size: [0.7, 40] }) : kind === "steps" ? uPlot.paths.stepped({ align: 1 }) : undefined,
         points: { show: false, size: 4, filter: (chart, at) => lone(chart.data[at]) },
         value: (_, value, __, at) => {
           const { values } = now()[index] ?? each;
@@ -73,9 +74,9 @@ function inWords(title, series, format) {
 }
 
 /**
- * A chart over time.
- * @param {{title: string, times: number[], series: {label: string, values: (number|null)[], colour?: string}[],
- *   kind?: "line"|"area"|"stack"|"bars", format?: (value: number) => string, max?: number, empty?: string}} props
+ * A chart over time. `steps`: a value holds until the next one.
+ * @param {{title: string, times: number[], series: {label: string, values: (number|null)[], colour?: string, dash?: number[]}[],
+ *   kind?: "line"|"steps"|"area"|"stack"|"bars", format?: (value: number) => string, max?: number, empty?: string}} props
  */
 export function Chart({ title, times, series, kind = "line", format = number, max, empty = "No data for this time yet." }) {
   const place = useRef(null);

@@ -13,6 +13,7 @@ export const TERMS = {
 };
 const REASONS = {
   region: "not in a region it may be served in", already_tried: "had been tried already", draining: "drained",
+  cordoned: "cordoned", joining: "new, not found ready yet", warming: "being warmed",
   ejected: "ejected for failures", cooling_down: "cooling down after a failure", full: "full",
   not_ready: "not ready", unresponsive: "does not answer", stalled: "makes no progress", rate_limited: "rate limited",
   context_length: "the prompt is too long for it", credential_refused: "refuses the gateway's key",

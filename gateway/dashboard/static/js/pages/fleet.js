@@ -8,7 +8,8 @@ import { Badge, Card, Empty, ErrorBox, Field, Loading, Page, Select, Table, Tabs
 import { Cells } from "./fleet/cells.js";
 import { Detail } from "./fleet/detail.js";
 import { NOWHERE, columns, measures, merge, placed, summary } from "./fleet/model.js";
-import { stateOf } from "./fleet/words.js";
+import { Coming, Sources, startingOf } from "./fleet/sources.js";
+import { counted, stateOf } from "./fleet/words.js";
 
 export const title = "Fleet";
 
@@ -18,6 +19,7 @@ export default function FleetPage() {
   const { rest, query } = useRoute();
   const { data, error, reload } = useData("fleet/map");
   const live = useLive("fleet");
+  const members = useLive("members");
   const [search, setSearch] = useState("");
   const [measure, setMeasure] = useState("load");
   const view = query.get("view") ?? "map";
@@ -42,14 +44,18 @@ export default function FleetPage() {
   const open = (each) => go(`fleet/${encodeURIComponent(each.pool)}/${encodeURIComponent(each.replica)}${view === "map" ? "" : `?view=${view}`}`);
   const close = () => go(`fleet${view === "map" ? "" : `?view=${view}`}`);
   const regions = placed(shown);
+  const starting = startingOf(members).length;
+  const lead = [summary(replicas), starting > 0 && `${counted(starting, "more replica")} ${starting === 1 ? "is" : "are"} starting.`].filter(Boolean).join(" ");
 
-  return html`<${Page} title=${title} lead=${summary(replicas)}>
+  return html`<${Page} title=${title} lead=${lead}>
     ${error && html`<${ErrorBox} error=${error} retry=${reload} />`}
     ${current.silent_workers.length > 0 && html`<div class="error-box" role="alert">
       <p><strong>Worker ${current.silent_workers.join(", ")} does not answer.</strong> What it has under way is not counted here; it may be starting.</p></div>`}
+    ${members !== null && html`<${Coming} members=${members} />`}
     ${replicas.length === 0
       ? html`<${Card}><${Empty} title="No replicas yet">Each URL under <code>backends.<em>name</em>.replicas</code> of the configuration
-          becomes a cell here. Add one and reload the configuration (SIGHUP, or the Settings page).<//><//>`
+          becomes a cell here, and so does each replica that its <code>discovery</code> finds, that its <code>launch</code> starts, or that
+          registers (<code>tidegate register</code>). Add one and reload the configuration (SIGHUP, or the Settings page).<//><//>`
       : html`<div class="fleet-tools">
           <${Field} label="Search" type="search" value=${search} placeholder="name, pool, region, state, adapter"
             onInput=${(event) => setSearch(event.target.value)} />
@@ -69,8 +75,9 @@ export default function FleetPage() {
                   <div class=${replicas.length >= COMPACT_FROM ? "pools compact" : "pools"}>${pools.map((each) => html`<${Cells} key=${each.pool} pool=${each} region=${region} measure=${measure} compact=${replicas.length >= COMPACT_FROM}
                     opened=${opened?.key} onOpen=${open} />`)}</div><//>`)}
           </div>
-          ${rest.length === 2 && html`<${Detail} key=${rest.join("/")} pool=${pool} name=${replica} row=${opened} onClose=${close} onChanged=${reload} />`}
+          ${rest.length === 2 && html`<${Detail} key=${rest.join("/")} pool=${pool} name=${replica} row=${opened} members=${members} onClose=${close} onChanged=${reload} />`}
         </div>`}
+    ${members !== null && members.pools.length > 0 && html`<${Sources} members=${members} replicas=${replicas} />`}
   <//>`;
 }
 

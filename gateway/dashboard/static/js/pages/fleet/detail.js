@@ -5,10 +5,12 @@ import { may } from "../../lib/session.js";
 import { notify, notifyError } from "../../lib/notify.js";
 import { bytes, millis, number, percent, seconds } from "../../lib/format.js";
 import { Badge, Bar, Button, CopyText, ErrorBox, Field, Loading, useConfirm } from "../../lib/parts.js";
+import { originOf } from "./sources.js";
 import { counted, reasonOf, stateOf } from "./words.js";
 
-/** One replica: how it is and why, what it holds, and what an operator can do. `row`: its newest figures, if it is there. */
-export function Detail({ pool, name, row, onClose, onChanged }) {
+/** One replica: how it is and why, what it holds, and what an operator can do. `row`: its newest figures, if it is there;
+ *  `members`: what sources have found, if that is known yet. */
+export function Detail({ pool, name, row, members, onClose, onChanged }) {
   const path = `${encodeURIComponent(pool)}/${encodeURIComponent(name)}`;
   const { data, error, reload } = useData(`fleet/replicas/${path}`);
   const heading = useRef(null);
@@ -29,7 +31,7 @@ export function Detail({ pool, name, row, onClose, onChanged }) {
           ${may("operator") && html`<${Actions} state=${data} path=${path} onChanged=${changed} />`}
           <${Figures} state=${data} row=${row} />
           <${Adapters} state=${data} onChanged=${changed} />
-          <${Facts} state=${data} />`}
+          <${Facts} state=${data} origin=${originOf(members, pool, name)} />`}
   </aside>`;
 }
 
@@ -41,6 +43,7 @@ function State({ state, row }) {
     <${Badge} tone=${tone}>${text}<//>
     <p>${reasonOf(reason, kind)}</p>
     ${kind === "draining" && html`<p>${state.empty ? "It is empty: the engine can be stopped." : `${counted(row?.in_flight ?? state.in_flight, "request")} still under way.`}</p>`}
+    ${state.cordoned && kind !== "cordoned" && html`<p>It is cordoned too: it gets no new prompts.</p>`}
     ${state.workers.length > 0 && html`<p>Workers differ: ${state.workers.map((each) => `${each.worker}: ${each.unavailable_reason ?? each.health}`).join(", ")}.</p>`}
     ${Object.entries(state.limited_s).map(([model, left]) => html`<p key=${model}>Its limit for ${model || "every model"} is reached; asked again in ${seconds(left)}.</p>`)}
   </div>`;
@@ -80,10 +83,19 @@ function Actions({ state, path, onChanged }) {
     await order("undrain");
     notify(`${state.replica} takes work again.`, { undo: async () => { await order("drain"); await onChanged(); } });
   });
+  // It goes on with what it holds, and with everything where nobody else is left: nothing to be asked about.
+  const cordon = (wanted) => act("cordon", async () => {
+    await order(wanted ? "cordon" : "uncordon");
+    notify(wanted ? `Cordoned ${state.replica}: it gets no new prompts.` : `${state.replica} gets new prompts again.`,
+      { undo: async () => { await order(wanted ? "uncordon" : "cordon"); await onChanged(); } });
+  });
   return html`<div class="actions">
     ${state.draining
       ? html`<${Button} kind="primary" busy=${busy === "drain"} onClick=${undrain}>Undrain<//>`
       : html`<${Button} busy=${busy === "drain"} onClick=${drain}>Drain…<//>`}
+    ${state.cordoned
+      ? html`<${Button} kind=${state.draining ? "normal" : "primary"} busy=${busy === "cordon"} onClick=${() => cordon(false)}>Uncordon<//>`
+      : html`<${Button} busy=${busy === "cordon"} onClick=${() => cordon(true)} title="No new prompts; it goes on with those that it holds.">Cordon<//>`}
     <${Weight} state=${state} path=${path} onChanged=${onChanged} />
   </div>`;
 }
@@ -211,10 +223,11 @@ function LoadAdapter({ where, onChanged, onDone }) {
 /** Milliseconds a token as tokens a second; what is too fast to be true has not been learned yet. */
 const rate = (ms) => (ms >= 1e-3 ? `${number(Number((1000 / ms).toPrecision(2)))} tokens/s` : "not learned yet");
 
-function Facts({ state }) {
+function Facts({ state, origin }) {
   const { speed, info, ttft_error: missed, connections } = state;
   const facts = [
     ["Address", html`<${CopyText} text=${state.url} />`],
+    ...origin,
     ["Region", state.region ?? "not said"],
     ["Engine", [state.engine, info?.version].filter(Boolean).join(" ")],
     ["Models", info?.models.join(", ") || "not said"],

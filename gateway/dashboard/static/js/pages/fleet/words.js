@@ -5,6 +5,7 @@ const STATES = {
   recovering: { tone: "info", sign: "◆", text: "coming back" },
   full: { tone: "warn", sign: "▲", text: "full" },
   draining: { tone: "off", sign: "○", text: "drained" },
+  cordoned: { tone: "info", sign: "◐", text: "cordoned" },
   down: { tone: "bad", sign: "■", text: "not used" },
 };
 
@@ -13,8 +14,10 @@ export const stateOf = (kind) => STATES[kind] ?? STATES.down;
 
 const REASONS = {
   draining: "Drained by an operator: it finishes what it has and gets nothing new.",
+  cordoned: "Cordoned by an operator: it gets no new prompts, and goes on with those that it holds.",
+  joining: "It is new, and no probe has found it ready yet.",
   full: "It has as many requests as it may have at once.",
-  warming: "It has just come back and gets a part of its usual work.",
+  warming: "It is new or has begun anew, and is given what is most used before its first request.",
   cooling_down: "A request has failed here; it rests for a moment.",
   ejected: "Too many of its requests failed; it is left out for a while and then tried again.",
   half_open: "It was left out, and is being tried with single requests.",
