@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.edges.asgi import InferenceEndpoint
 from gateway.error_replies import ERROR_HANDLERS
 from gateway.errors import ModelNotFound
-from gateway.fleet import ModelRoute
+from gateway.fleet import ModelRoute, Pool
 from gateway.inspection.front import playground_routes
 from gateway.keys.directory import Freshness
 from gateway.keys.principal import Principal, may_use
@@ -128,7 +128,7 @@ class _Api:
         now = time.monotonic()
         pools = runtime.fleet.pools.values()
         without = sorted(pool.name for pool in pools if not any(_may_serve(each, now) for each in pool.replicas))
-        if pools and len(without) == len(pools):
+        if pools and len(without) == len(pools) and not any(_asleep(pool) for pool in pools):
             return _json({"status": "no_replica_available", "pools_without_replica": without}, 503)
         return _json({"status": "ready", "pools_without_replica": without})
 
@@ -136,9 +136,16 @@ class _Api:
 def _may_serve(replica: Replica, now: float) -> bool:
     """Whether the replica serves, or is about to: being busy, or one lost connection, is no reason to turn away."""
     reason = replica.unavailable_reason(now)
-    if reason in (None, "full", "half_open") or reason in HELD_BACK:
+    if reason in (None, "full", "half_open", "joining") or reason in HELD_BACK:
         return True
     return reason == "cooling_down" and replica.cooldown.failures < 2
+
+
+def _asleep(pool: Pool) -> bool:
+    """Whether the pool may be scaled to nothing and is: without requests, which nobody sends to a gateway that is not
+    ready, it would never wake up."""
+    scaling = pool.settings.scaling
+    return scaling is not None and not scaling.min and not pool.replicas
 
 
 def _model_object(name: str, route: ModelRoute, created_unix_s: int) -> dict[str, Any]:

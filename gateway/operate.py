@@ -206,7 +206,8 @@ def _token(file: Path | None, environ: Mapping[str, str]) -> tuple[str, str]:
         raise Problem(f"there is no owner token: {error}; give --token-file FILE", UNUSABLE) from error
     if token is None:
         raise Problem(
-            f"there is no owner token in {path}; give --token-file FILE, TIDEGATE_ADMIN__TOKEN or --config FILE",
+            f"there is no owner token in {path}: a gateway makes it when it first starts as this user, so start that "
+            "first; or give --token-file FILE, TIDEGATE_ADMIN__TOKEN, or --config FILE with admin.token",
             UNUSABLE,
         )
     return token.get_secret_value(), str(path)

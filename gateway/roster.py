@@ -92,7 +92,7 @@ class Roster:
             "in_flight": in_flight,
             "in_flight_bytes": sum(state["in_flight_bytes"] for state in states),
             # What a worker that does not answer still has under way is not known.
-            "empty": in_flight == 0 and not self.silent,
+            "empty": in_flight == 0 and not self.silent and not any(map(known_work, states)),
             "available": all(state["available"] for state in states),
             "unavailable_reason": next((reason for reason in reasons if reason is not None), None),
             "health": states[0]["health"],
@@ -158,6 +158,12 @@ class Roster:
                 for name, replicas in sorted(holders.items())
             ]
         return {"adapters": listed, "lacking": lacking}
+
+
+def known_work(state: State) -> int:
+    """Requests at a replica as far as one worker knows: those of other gateways, and of others, too."""
+    work = state.get("work") or {}
+    return int(work.get("queued", 0)) + int(work.get("running", 0))
 
 
 def _of_worker(index: int, state: State) -> dict[str, Any]:

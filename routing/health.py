@@ -23,16 +23,15 @@ one, while its streams go on. A client error (4xx) shows that somebody is there,
 529, a full queue) is load. A replica that comes, or comes back, begins with a tenth of its share (slow start, Envoy's
 and HAProxy's), except at the gateway's own start, when all are new.
 
-The cool-down is in `routing.cooldown`, ejection and the way back from it in `routing.ejection`.
+What an attempt shows comes in by `routing.observing`. The cool-down is in `routing.cooldown`, ejection and the way back
+from it in `routing.ejection`.
 
 Nothing here reads a clock: `now` is seconds of any monotonic clock, and never goes back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
-from typing import Protocol
 
 from routing.cooldown import FIRST_COOLDOWN_S, MAX_COOLDOWN_S, Cooldown
 from routing.credential import Credential, Credentials
@@ -50,8 +49,6 @@ __all__ = [
     "Health",
     "HealthState",
     "Rules",
-    "heed_ejection",
-    "observe",
 ]
 
 CORDONED = "cordoned"
@@ -72,7 +69,6 @@ class Health:
         "_alive_at",
         "_away_since",
         "_busy_since",
-        "_calm",
         "_engine_progressed_at",
         "_idle_since",
         "_joining",
@@ -83,6 +79,7 @@ class Health:
         "_stalled_at",
         "_warm_s",
         "_warm_until",
+        "calm",
         "cooldown",
         "cordoned",
         "ejection",
@@ -119,8 +116,8 @@ class Health:
         self._warm_s = 0.0
         """How long it may be warmed once it was found ready."""
         self._warm_until = _NEVER
-        self._calm = True
-        """No mark and no suspicion besides the cool-down: the state that costs next to nothing to look at."""
+        self.calm = True
+        """Read only. No mark and no suspicion besides the cool-down: the state that costs least to look at."""
 
     # What routing asks.
 
@@ -131,7 +128,7 @@ class Health:
         """
         if now < self.cooldown.until:
             return "cooling_down"
-        if self._calm:
+        if self.calm:
             return None
         reason = self.ejection.reason(now)
         if reason is not None:
@@ -218,7 +215,7 @@ class Health:
         self.warm_from = now + self._warm_s
         self._warm_until = self.warm_from if self._warm_s > 0 else _NEVER
 
-    # What requests show. `observe` is the way in.
+    # What requests show. `routing.observing.observe` is the way in.
 
     def answered(self, now: float) -> Change | None:
         self.progressed_at = now
@@ -403,7 +400,7 @@ class Health:
 
     def enter_trial(self) -> int:
         """A request begins; the trial it belongs to, to be handed back to `leave_trial`, or 0."""
-        if self._calm or not self.ejection.out:
+        if self.calm or not self.ejection.out:
             return 0
         self.ejection.trial_in_flight += 1
         return self.ejection.trial
@@ -421,7 +418,7 @@ class Health:
         self._away_since = None
 
     def _settle(self) -> None:
-        self._calm = not (
+        self.calm = not (
             self.ejection.out
             or self.ejection.consecutive
             or self._not_ready
@@ -431,60 +428,3 @@ class Health:
             or self._warm_until > _NEVER
             or self.cordoned
         )
-
-
-_ANSWERED = Evidence.ANSWERED
-
-
-class Judged(Protocol):
-    """What has a health: a replica."""
-
-    @property
-    def health(self) -> Health: ...
-
-
-def observe(replica: Judged, pool: Sequence[Judged], evidence: Evidence, now: float) -> Change | None:
-    """Record what one attempt showed, and draw the consequences; what changed, for a log line or a shared fact.
-
-    `pool` holds all replicas that could stand in for this one, itself included: no more than
-    `Rules.ejected_share` of it may be out at once, and the rest has to do, however it fails (Envoy's
-    `max_ejection_percent`). A pool of one is never ejected.
-    """
-    health = replica.health
-    if evidence is _ANSWERED:
-        window = health.window
-        # Nearly every call ends here; what follows would change nothing else.
-        if health._calm and now < window.ends and not health.cooldown.failures:
-            window.answered += 1
-            health.progressed_at = now
-            return None
-        return health.answered(now)
-    if evidence is Evidence.REJECTED or evidence is Evidence.OVERLOADED:
-        health.alive(now)
-        return None
-    if evidence is Evidence.UNREACHABLE:
-        return health.unreachable(now)
-    return health.failed(now, _room(replica, pool))
-
-
-def heed_ejection(replica: Judged, pool: Sequence[Judged], observer: str, until: float, now: float) -> Change | None:
-    """Another worker says that it has ejected the replica until then: follow it or not, under the same ceiling.
-
-    What comes of it is not to be told to others: they would count one observation twice.
-    """
-    if not replica.health.hint_ejected(observer, until, now) or not _room(replica, pool):
-        return None
-    replica.health.adopt_ejection(until, now)
-    return Change.EJECTED
-
-
-def _room(replica: Judged, pool: Sequence[Judged]) -> bool:
-    """Whether the replica may be out, given how many others are. One that is out already may stay so."""
-    health = replica.health
-    if health.ejection.out:
-        return True
-    out = 0
-    for each in pool:
-        if each.health.ejection.out:
-            out += 1
-    return out < health.rules.ceiling(len(pool))

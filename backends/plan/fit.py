@@ -14,6 +14,9 @@ from backends.plan.splits import problems
 from backends.plan.units import GB, gb, gib, whole
 from backends.plan.weights import Split, bytes_per_gpu, check_precision, loaded_bytes, published_bytes
 
+BY_HAND = 0.85
+"""SGLang's `mem-fraction-static` as people set it themselves."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
@@ -108,7 +111,7 @@ def place(question: Question, gpu: Gpu, split: Split) -> Placement:
     if refused is None and (wrong := problems(question.model, question.precision, split)):
         refused = "; ".join(wrong)
     if refused is None and cache <= 0:
-        refused = too_small(question, gpu, split.gpus, weights, found)
+        refused = too_small(question, gpu, split, weights, found)
     if refused is None and concurrent < 1:
         refused = (
             f"{counted(gpu, split.gpus)} hold the weights, but of KV cache only {whole(tokens)} tokens, less than one "
@@ -128,8 +131,9 @@ def counted(gpu: Gpu, gpus: int) -> str:
 def engine_refused(model: Model, precision: str, engine: str, gpu: Gpu) -> str | None:
     """Why the engine cannot serve these weights on this GPU; None where it can."""
     if engine not in gpu.engines:
+        do = "do" if len(gpu.engines) > 1 else "does"
         why = f" ({gpu.notes[0]})" if gpu.vendor == "intel" else ""
-        return f"{engine} does not run on {gpu.title}; {' and '.join(gpu.engines)} do{why}"
+        return f"{engine} does not run on {gpu.title}; {' and '.join(gpu.engines)} {do}{why}"
     if format_of(gpu, precision) == NO:
         return f"{gpu.title} takes no {precision} weights"
     if engine == "sglang" and precision == "fp8" and gpu.fp8 == WEIGHTS and model.experts is not None:
@@ -138,8 +142,9 @@ def engine_refused(model: Model, precision: str, engine: str, gpu: Gpu) -> str |
     return None
 
 
-def too_small(question: Question, gpu: Gpu, gpus: int, weights: float, found: Room) -> str:
+def too_small(question: Question, gpu: Gpu, split: Split, weights: float, found: Room) -> str:
     """Why the weights do not fit, in the data sheet's units first."""
+    gpus = split.gpus
     nominal, needed = gpus * gpu.nominal_gb * GB, question.weights_bytes
     left = max(0.0, found.usable_bytes)
     if nominal < needed:
@@ -148,5 +153,21 @@ def too_small(question: Question, gpu: Gpu, gpus: int, weights: float, found: Ro
         first = f"{counted(gpu, gpus)} = {nominal / GB:,.0f} GB for {gb(needed)} of weights"
     return (
         f"{first}: each GPU would hold {gib(weights)} of them, and {question.engine} leaves {gib(left)} "
-        f"of its {gib(gpu.memory_bytes)} for weights and KV cache"
+        f"of its {gib(gpu.memory_bytes)} for weights and KV cache" + _by_hand(question, gpu, split, weights)
+    )
+
+
+def _by_hand(question: Question, gpu: Gpu, split: Split, weights: float) -> str:
+    """SGLang's rule was made for a few machines: what would hold the weights on many."""
+    if question.engine != "sglang" or question.memory_fraction is not None or split.gpus <= gpu.per_node:
+        return ""
+    told = room(
+        question.model, gpu, question.engine, split,
+        context_tokens=question.context_tokens, memory_fraction=BY_HAND,
+    )  # fmt: skip
+    if told.cache_bytes(weights) <= 0:
+        return ""
+    return (
+        f"; its own rule keeps {split.gpus / 8:g} GiB of each back for {split.gpus} GPUs: --memory-fraction {BY_HAND} "
+        f"leaves {gib(told.usable_bytes)}"
     )

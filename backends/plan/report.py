@@ -51,7 +51,7 @@ class Asked:
             model=model,
             precision=precision,
             kv=self.kv,
-            engine=self.engine or _first_engine(model, precision, gpu),
+            engine=self.engine or ("sglang" if self.dp_attention else _first_engine(model, precision, gpu)),
             context_tokens=self.context_tokens,
             concurrency=self.concurrency,
             prediction=self.prediction,

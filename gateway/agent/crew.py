@@ -121,7 +121,7 @@ class Crew:
 
     def _fit(self) -> Iterator[Step]:
         live = self.live
-        wanted = min(self.wanted + self._surge, self.capacity)
+        wanted = self.wanted + self._surge
         for place in self._free()[: max(0, wanted - len(live))]:
             yield Add(place)
         for seat in sorted(live, key=self._worth)[: max(0, len(live) - wanted)]:
@@ -166,6 +166,8 @@ class Crew:
                 self._moving, self._surge = free[0], True
                 yield Say(f"starting another server before {seat.name} goes")
                 return
+            if self.wanted == 1 and any(each.keeper.leaving for each in self.seats.values()):
+                return  # its place is about to be free
             if self.wanted == 1:
                 yield Say(f"{seat.name} is the only server and there is no room for a second one: it is drained")
         self._moving = seat.place

@@ -172,6 +172,10 @@ class Keeper:
         """Whether it has a process."""
         return self.phase in (Phase.STARTING, Phase.READY, Phase.DRAINING, Phase.STOPPING)
 
+    @property
+    def _last_trouble(self) -> str:
+        return f" ({self.trouble})" if self.trouble else ""
+
     def decide(self, now: float, events: Iterable[Event] = ()) -> list[Action]:
         """What to do, in this order. To be called whenever something has happened, and every second or so."""
         actions: list[Action] = []
@@ -186,7 +190,7 @@ class Keeper:
             case Answered():
                 return self._answered(now)
             case Silent(why):
-                if self.phase is Phase.READY:
+                if self.phase in (Phase.STARTING, Phase.READY):
                     self.trouble = why
                 return []
             case Doomed(why):
@@ -203,10 +207,10 @@ class Keeper:
             case Phase.WAITING if now >= self.due:
                 return self._start(now)
             case Phase.STARTING if now - self._started_at > self.limits.start_timeout_s:
-                why = f"was not ready within {self.limits.start_timeout_s:g} s"
+                why = f"was not ready within {self.limits.start_timeout_s:g} s{self._last_trouble}"
                 return [Say(f"{why}; ending it"), *self._stop(now, why)]
             case Phase.READY if now - self._answered_at > SILENT_S:
-                why = f"has not answered for {SILENT_S:g} s" + (f" ({self.trouble})" if self.trouble else "")
+                why = f"has not answered for {SILENT_S:g} s{self._last_trouble}"
                 return [Say(f"{why}; ending it"), *self._stop(now, why)]
             case Phase.DRAINING if now >= self._deadline:
                 late = f"still has requests after {self.limits.stop_timeout_s:g} s, or nobody says; ending it"
@@ -234,7 +238,7 @@ class Keeper:
 
     def _answered(self, now: float) -> list[Action]:
         self._answered_at = now
-        if self.phase is Phase.READY:
+        if self.phase in (Phase.STARTING, Phase.READY):
             self.trouble = ""
         if self.phase is not Phase.STARTING:
             return []

@@ -296,12 +296,13 @@ class Registering:
             _say("it is empty")
 
     async def _is_empty(self) -> bool:
-        """No gateway has a request under way here; where one is away, the engine must not say otherwise."""
+        """No gateway has a request under way here; where one does not say, the engine must not say otherwise."""
         if self._options.leave and all(telling.refused is not None for telling in self._tellings):
             return True  # nothing can be done here, which `_remove` says
         if not all(telling.empty() for telling in self._tellings):
             return False
-        return all(telling.away_since_s is None for telling in self._tellings) or not await self._checks.busy()
+        told = all(telling.away_since_s is None and telling.refused is None for telling in self._tellings)
+        return told or not await self._checks.busy()
 
     async def _remove(self) -> bool:
         """Whether all gateways have taken it out."""

@@ -51,6 +51,9 @@ class Telling:
     away_since_s: float | None = None
     refused: RegistrationRefused | None = None
     """Its last answer, where that was a refusal."""
+    refused_since_s: float | None = None
+    registered: bool = False
+    """It has taken in at least one registration."""
     _ttl_s: float = USUAL_TTL_S
     _failures: int = 0
     _said: str = ""
@@ -74,12 +77,14 @@ class Telling:
     def empty(self) -> bool:
         """Whether this gateway has no request under way at the draining replica, and sends no more.
 
-        One that has been away for longer than its lease lasts has forgotten the replica, or is not there.
+        One that has been away for longer than its lease lasts has forgotten the replica, or is not there; so has one
+        that has refused it for as long, and one that has never done otherwise.
         """
         if self.away_since_s is not None:
             return self.clock() - self.away_since_s > self._ttl_s
-        if self.refused is not None and self.refused.status == _UNKNOWN_POOL:
-            return True
+        if self.refused is not None and self.refused_since_s is not None:
+            over = self.clock() - self.refused_since_s > self._ttl_s
+            return over or not self.registered or self.refused.status == _UNKNOWN_POOL
         lease = self.lease
         if lease is None or lease.state != "draining" or not lease.empty:
             return False
@@ -112,7 +117,7 @@ class Telling:
             return self._failed(error)
         self._answered(f"registered as {self.pool}/{self.name} ({wanted.state}) at")
         self._ttl_s = lease.ttl_s
-        self.told = wanted
+        self.told, self.registered = wanted, True
         if self.wanted is not None and self.wanted.state == wanted.state:  # else it is about the state before
             self.lease = lease
         if wanted.state == "draining":
@@ -121,12 +126,13 @@ class Telling:
         return lease.renew_in_s * (1.0 - JITTER * self.rng.random())
 
     def _answered(self, what: str) -> None:
-        self.away_since_s, self.refused, self._failures = None, None, 0
+        self.away_since_s, self.refused, self.refused_since_s, self._failures = None, None, None, 0
         self._say_once(f"{what} {self.registrar.address}")
 
     def _failed(self, error: RegistrarError) -> float:
         if isinstance(error, RegistrationRefused):
             self.away_since_s, self.refused, longest_s = None, error, REFUSED_AGAIN_S
+            self.refused_since_s = self.clock() if self.refused_since_s is None else self.refused_since_s
             text = f"{self.registrar.address} refuses ({error.status}): {str(error).rstrip('.')}; trying on"
             if error.status == _UNKNOWN_TOKEN:
                 self.registrar.token = self.new_token() or self.registrar.token
@@ -134,7 +140,7 @@ class Telling:
                 self.known = False  # it takes nothing back from us either; the lease ends by itself
         else:
             self.away_since_s = self.clock() if self.away_since_s is None else self.away_since_s
-            self.refused, longest_s, text = None, AWAY_AGAIN_S, f"{error}; trying on"
+            self.refused, self.refused_since_s, longest_s, text = None, None, AWAY_AGAIN_S, f"{error}; trying on"
         self.lease = None
         self._say_once(text)
         self._failures = min(self._failures + 1, 20)

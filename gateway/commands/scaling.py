@@ -61,7 +61,8 @@ def _table(rows: list[dict[str, Any]]) -> None:
     cells = []
     for row in rows:
         first = row["reasons"][0] if row["reasons"] else None
-        numbers = [str(row[name]) for name in ("wanted", "ready", "starting", "min", "max")]
+        wanted = "-" if row["wanted"] is None else str(row["wanted"])  # nothing was decided yet
+        numbers = [wanted, *(str(row[name]) for name in ("ready", "starting", "min", "max"))]
         usd = f"{row['usd_per_hour']:.2f}" if row["usd_per_hour"] else "-"
         why = "-" if first is None else plain(f"{first['kind']}: {first['text']}")
         cells.append([row["pool"], *numbers, row["provider"], usd, row["limited_by"] or "-", why])

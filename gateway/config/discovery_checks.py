@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from gateway.config.problems import Finding, Path
+from gateway.config.problems import Finding, Path, shown
 
 _SOURCES = ("dns", "kubernetes", "file", "registration")
 
@@ -49,6 +50,10 @@ def _dns(dns: Any, path: Path) -> Iterator[Finding]:
             yield Finding((*path, "port"), "is missing: addresses come without one", "write e.g. 30000")
         if dns.get("servers"):
             yield Finding((*path, "servers"), "are asked for srv records only", "take them out, or write record: srv")
+    servers = dns.get("servers")
+    for index, server in enumerate(servers if isinstance(servers, (list, tuple)) else ()):
+        if isinstance(server, str) and not _is_address(server):
+            yield Finding((*path, "servers", index), f"{shown(server)} is not an IP address", "write e.g. 10.0.0.53")
 
 
 def _kubernetes(kubernetes: Any, path: Path) -> Iterator[Finding]:
@@ -56,3 +61,11 @@ def _kubernetes(kubernetes: Any, path: Path) -> Iterator[Finding]:
         yield Finding(
             path, "names neither a service nor labels: every pod of the namespace would count", "write service: NAME"
         )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

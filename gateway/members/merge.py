@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from backends.discovery.member import Member
 from backends.discovery.naming import name_of as name_from_address
+from gateway.config.checks import literal_secrets
 from gateway.config.discovery import MemberDefaults
 from gateway.config.replicas import Replica
 from gateway.config.translate import findings_of
@@ -50,9 +51,19 @@ class Placed:
         return None if self.entry is None else (str(self.entry["url"]), self.entry.get("dp_rank"))
 
 
-def placed(pool: str, defaults: MemberDefaults, found: Mapping[str, Sequence[Member]]) -> list[Placed]:
+Known = dict[tuple[str, Member], Placed]
+"""What members are that were looked at before, by source: of thousands, one changes at a time."""
+
+
+def placed(
+    pool: str, defaults: MemberDefaults, found: Mapping[str, Sequence[Member]], known: Known | None = None
+) -> list[Placed]:
     """Every member of every source, with what becomes of it. The order is that of the sources, then by name, so that
-    one set of members always makes the same configuration."""
+    one set of members always makes the same configuration. `known`: of the same pool and defaults; is kept up to
+    date."""
+    before = {} if known is None else known.copy()
+    now: Known = {} if known is None else known
+    now.clear()
     taken: dict[Place, Placed] = {}
     names: dict[str, Placed] = {}
     leaving: set[Place] = set()
@@ -60,7 +71,8 @@ def placed(pool: str, defaults: MemberDefaults, found: Mapping[str, Sequence[Mem
     for source in ORDER:
         several = sorted(found.get(source, ()), key=lambda each: (each.name, each.url, each.dp_rank or 0))
         for member in several:
-            one = _place(pool, defaults, member, source)
+            one = before.get((source, member)) or _place(pool, defaults, member, source)
+            now[source, member] = one
             place = one.place
             if place is not None:
                 other = taken.get(place) or names.get(one.name)
@@ -90,6 +102,9 @@ def _place(pool: str, defaults: MemberDefaults, member: Member, source: str) -> 
         name = member.name or name_of(pool, member)
         entry = _entry(defaults, member, name)
         replica = Replica.model_validate(entry)
+        secret = next(literal_secrets(entry), None)
+        if secret is not None:
+            raise ValueError(f"{secret.path[-1]}: {secret.message}")
     except ValidationError as error:
         problem = next(iter(findings_of(error)))
         return Placed(member, source, member.name, None, f"{problem.path[-1]}: {problem.message}")

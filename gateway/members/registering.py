@@ -8,13 +8,11 @@ a Unix socket never does, since that would be one of the gateway's own machine.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from pydantic_core import PydanticCustomError
@@ -24,10 +22,12 @@ from gateway.config import Backend, Settings
 from gateway.config.discovery import Discovery, Registration
 from gateway.config.urls import normal_url
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.members.merge import REGISTRATION, placed
+from gateway.members.merge import MAX_MEMBERS, REGISTRATION, placed
+from gateway.members.places import accepting, not_here
 from gateway.members.registry import Posted, notice_key
 from gateway.members.service import Members
 from gateway.notices import MEMBER
+from gateway.roster import known_work
 from gateway.sources import Silent, Source, ask_all
 
 logger = logging.getLogger("tidegate")
@@ -95,17 +95,26 @@ class Registrations:
             url = normal_url(member.url)
         except PydanticCustomError as error:
             raise InvalidRequest(f"url: {error.message()}.", param="url") from error
-        if not may_be_at(url, registration):
-            raise RegistrationRefused(
-                f"{url} is not in the networks from which {pool!r} takes replicas "
-                f"(backends.{pool}.discovery.registration.networks and .hosts).",
-                param="url",
-            )
         member = msgspec.structs.replace(member, name=name, url=url)
+        problem = not_here(member, registration)
+        if problem:
+            raise RegistrationRefused(
+                f"{problem} (backends.{pool}.discovery.registration.networks and .hosts).", param="url"
+            )
         discovery = backend.discovery or Discovery()
         (one,) = placed(pool, discovery.defaults, {REGISTRATION: [member]})
         if one.refused:
             raise InvalidRequest(f"This cannot be a replica: {one.refused}.")
+        before = self.before(pool, name)
+        if before is not None and before.agent and before.agent == member.agent and _two_machines(before, member):
+            # Both would take turns at one place, each with every renewal.
+            raise RegistrationRefused(
+                f"{name} of the agent {member.agent} is at {before.url} already: two machines have an agent of this "
+                "name (tidegate fleet up --agent).",
+                param="name",
+            )
+        if before is None and len(self._members.registry.of(pool)) >= MAX_MEMBERS:
+            raise RegistrationRefused(f"{pool!r} has {MAX_MEMBERS} registrations, which is as many as can be.")
         return member
 
     async def take(self, pool: str, member: Member) -> LeaseAnswer:
@@ -113,10 +122,12 @@ class Registrations:
         backend = self._backend(pool)
         ttl_s = (accepting(backend) or Registration()).ttl_s
         posted = Posted(member, ttl_s, secrets.token_hex(6))
-        if self._members.registry.take(pool, member.name, posted, time.monotonic()):
+        changed = self._members.registry.take_first(pool, member.name, posted, time.monotonic())
+        if changed:
             self._members.recompute()
-            await self._members.settled(SETTLE_S)
         await self._tell(pool, member.name, posted)
+        if changed:
+            await self._members.settled(SETTLE_S)
         in_flight, empty, draining = await self._at(pool, member)
         return LeaseAnswer(ttl_s, ttl_s / RENEWALS_IN_A_LEASE, member.state, in_flight, empty, draining)
 
@@ -127,7 +138,7 @@ class Registrations:
         if lease is None:
             return False
         posted = Posted(lease.member, lease.ttl_s, secrets.token_hex(6), gone=True)
-        self._members.registry.take(pool, name, posted, time.monotonic())
+        self._members.registry.take_first(pool, name, posted, time.monotonic())
         self._members.recompute()
         await self._tell(pool, name, posted)
         await self._members.settled(SETTLE_S)
@@ -145,6 +156,7 @@ class Registrations:
         for source in self._sources:
             try:
                 await source.announce(notice_key(pool, name), msgspec.json.encode(posted), posted.ttl_s)
+                self._members.registry.told(pool, name, posted, time.monotonic())
                 return
             except Silent:
                 continue
@@ -170,7 +182,7 @@ class Registrations:
             pools = (each for each in answer["pools"] if each["name"] == pool)
             found += [each for one in pools for each in one["replicas"] if each["url"] == member.url]
         in_flight = sum(each["in_flight"] for each in found)
-        elsewhere = max((each["work"]["queued"] + each["work"]["running"] for each in found), default=0)
+        elsewhere = max(map(known_work, found), default=0)
         drained = bool(found) and all(each["draining"] for each in found)
         return in_flight, not silent and in_flight == 0 and elsewhere == 0, drained
 
@@ -194,9 +206,10 @@ class Registrations:
             await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> None:
-        if not any(accepting(backend) for backend in self._settings().backends.values()):
-            return
         registry, changed = self._members.registry, False
+        if not any(accepting(backend) for backend in self._settings().backends.values()):
+            registry.leases.clear()  # nobody renews them, and nobody would see them end
+            return
         is_there = False
         for source in self._sources:
             try:
@@ -219,26 +232,6 @@ class Registrations:
             self._members.recompute()
 
 
-def accepting(backend: Backend) -> Registration | None:
-    """How a pool takes registrations; None: it takes none. One that has its servers launched does."""
-    given = None if backend.discovery is None else backend.discovery.registration
-    return given or (Registration() if backend.launch is not None else None)
-
-
-def may_be_at(url: str, registration: Registration) -> bool:
-    """Whether a replica may register with this address, which is in its normal form."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").rstrip(".")
-    if parts.scheme not in ("http", "https") or not host:
-        return False
-    if host == "localhost":
-        host = "127.0.0.1"
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return any(
-            host == name.lower() or (name.startswith(".") and host.endswith(name.lower()))
-            for name in registration.hosts
-        )
-    address = getattr(address, "ipv4_mapped", None) or address
-    return any(address in ipaddress.ip_network(network) for network in registration.networks)
+def _two_machines(before: Member, now: Member) -> bool:
+    """Whether these are two servers at work under one name: one that has moved has drained, or left, before."""
+    return before.url != now.url and before.state == now.state == "ready"

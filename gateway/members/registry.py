@@ -55,11 +55,27 @@ class Registry:
 
     def __init__(self) -> None:
         self.leases: dict[Key, Lease] = {}
+        self._ahead: dict[Key, tuple[str, float]] = {}
+        """What this gateway has taken in and the notices do not show yet: its renewal, and until when others there
+        are older ones."""
         self._checked_s: float | None = None
 
     def of(self, pool: str) -> dict[str, Lease]:
         """Those of one pool, by name."""
         return {name: lease for (each, name), lease in self.leases.items() if each == pool}
+
+    def take_first(self, pool: str, name: str, posted: Posted, now_s: float) -> bool:
+        """As `take`, before the store is told. What it has until then is older, and does not count: somebody who has
+        just left must not be brought back by a notice that is still under way. An older one holds for no longer than
+        its own lease."""
+        self._ahead[pool, name] = (posted.renewal, now_s + posted.ttl_s)
+        return self.take(pool, name, posted, now_s)
+
+    def told(self, pool: str, name: str, posted: Posted, now_s: float) -> None:
+        """The store has been told, so that notices show it in a moment, or what another gateway has said since."""
+        renewal, until_s = self._ahead.get((pool, name), ("", 0.0))
+        if renewal == posted.renewal:
+            self._ahead[pool, name] = (renewal, min(until_s, now_s + SHOWN_S))
 
     def take(self, pool: str, name: str, posted: Posted, now_s: float) -> bool:
         """One renewal, or one that has left; whether the members have changed by it."""
@@ -91,9 +107,16 @@ class Registry:
             kind, _, rest = key.partition("/")
             pool, _, name = rest.partition("/")
             posted = decoded(value)
-            if kind == MEMBER and name and posted is not None:
+            if kind == MEMBER and name and posted is not None and not self._is_older((pool, name), posted, now_s):
                 changed |= self.take(pool, name, posted, now_s)
         return changed
+
+    def _is_older(self, key: Key, posted: Posted, now_s: float) -> bool:
+        renewal, until_s = self._ahead.get(key, ("", 0.0))
+        if renewal and (renewal == posted.renewal or until_s <= now_s):
+            del self._ahead[key]
+            return False
+        return bool(renewal)
 
     def expire(self, now_s: float, *, store_is_there: bool) -> list[Key]:
         """End the leases that are over, and say which. While the store is away, and where this process did not run
@@ -104,12 +127,15 @@ class Registry:
             for lease in self.leases.values():
                 lease.until_s = max(lease.until_s + gap_s, now_s + min(lease.ttl_s, GRACE_S))
             return []
+        self._ahead = {key: ahead for key, ahead in self._ahead.items() if ahead[1] > now_s}
         over = [key for key, lease in self.leases.items() if lease.until_s <= now_s]
         for key in over:
             del self.leases[key]
         return over
 
 
+SHOWN_S = 3.0
+"""Within which a busy worker has read what the store was told."""
 MAX_GAP_S = 5.0
 """Between two looks: beyond that, this process was stopped, or its machine asleep."""
 GRACE_S = 15.0

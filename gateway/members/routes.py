@@ -13,7 +13,8 @@ from backends.discovery.member import Member
 from gateway.admin.desk import Desk
 from gateway.errors import InvalidRequest
 from gateway.members.merge import REGISTRATION
-from gateway.members.registering import LeaseAnswer, RegistrationRefused, UnknownPool, accepting
+from gateway.members.places import accepting
+from gateway.members.registering import LeaseAnswer, RegistrationRefused, UnknownPool
 from gateway.operations import body_of, json_response
 from gateway.policy import About, GuardedRoute, Who
 
@@ -89,7 +90,7 @@ class _View:
                     "name": each.name,
                     "source": each.source,
                     "in_pool": in_pool,
-                    "refused": refused or None,
+                    "refused": refused or members.left_out(pool, each.name) or None,
                     "for_s": None if lease is None else round(now_s - lease.since_s, 1),
                     "expires_in_s": None if lease is None else round(max(0.0, lease.until_s - now_s), 1),
                 }

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from backends.discovery.member import Member, Source
-from gateway.config import ConfigError, Settings
-from gateway.config.discovery import Discovery, Registration
+from gateway.config import Backend, ConfigError, Settings
+from gateway.config.discovery import Discovery, MemberDefaults, Registration
 from gateway.config.found import Found
 from gateway.members import kept
 from gateway.members.drains import Drains
-from gateway.members.merge import REGISTRATION, Placed, placed
+from gateway.members.merge import REGISTRATION, Known, Placed, placed
+from gateway.members.places import accepting, not_here
 from gateway.members.registry import Registry
 from gateway.members.sources import sources_of
 from gateway.steering.reading import ConfigReader
@@ -31,10 +32,14 @@ logger = logging.getLogger("tidegate")
 
 FIRST_LOOK_S = 2.0
 """How long a start waits for the sources' first answers. One that does not answer is heard later."""
-GATHER_S = 0.1
+GATHER_S, LONGEST_GATHER_S = 0.1, 2.0
 """Changes that come one upon the other are put into force together."""
+AGAIN_S = 5.0
+"""After what was found could not be put into force: a file that is missing may be back."""
 LOOK_S = 1.0
 SAVE_S = 5.0
+SAVE_AGAIN_S = 60.0
+"""Also without a change: how old it is decides whether the next run believes it."""
 MAX_LOGGED = 8
 
 
@@ -71,13 +76,17 @@ class Members:
         self._told: dict[tuple[str, str], Told] = {}
         self._running: dict[tuple[str, str], tuple[object, asyncio.Task[None]]] = {}
         self._placed: dict[str, list[Placed]] = {}
+        self._known: dict[str, tuple[MemberDefaults | None, Known]] = {}
         self._found: Found = {}
         """As a reload reads it: another thread does so, so it is replaced as a whole."""
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
+        self._problem = ""
+        """Why what was found could not be put into force at the last attempt."""
         self._tasks: list[asyncio.Task[None]] = []
-        self._saved: object = None
+        self._saved: tuple[object, float] = (None, 0.0)
+        """What is on disk, and since when."""
 
     # -- life
 
@@ -149,6 +158,10 @@ class Members:
         """The members of a pool, with what became of each."""
         return self._placed.get(pool, ())
 
+    def left_out(self, pool: str, name: str) -> str:
+        """Why a member does not go with the rest of the configuration; empty: it does."""
+        return "" if self._reader is None else self._reader.last.left_out.get((pool, name), "")
+
     async def settled(self, within_s: float) -> None:
         """Wait until what is known is in force, but not for long."""
         with suppress(TimeoutError):
@@ -188,11 +201,16 @@ class Members:
         now_placed: dict[str, list[Placed]] = {}
         for pool, backend in settings.backends.items():
             told = {kind: each.members for (name, kind), each in self._told.items() if name == pool}
-            told[REGISTRATION] = tuple(lease.member for lease in self.registry.of(pool).values())
-            if not any(told.values()):
+            registered, refused = self._registered(pool, backend)
+            told[REGISTRATION] = registered
+            if not any(told.values()) and not refused:
                 continue
             discovery = backend.discovery or Discovery()
-            now_placed[pool] = placed(pool, discovery.defaults, told)
+            defaults, known = self._known.get(pool, (None, {}))
+            if defaults != discovery.defaults:
+                known = {}
+            self._known[pool] = (discovery.defaults, known)
+            now_placed[pool] = [*placed(pool, discovery.defaults, told, known), *refused]
             entries = [each.entry for each in now_placed[pool] if each.entry is not None]
             if entries:
                 found[pool] = entries
@@ -204,6 +222,22 @@ class Members:
             self._found = found
             self._changed.set()
             self._settled.clear()
+
+    def _registered(self, pool: str, backend: Backend) -> tuple[tuple[Member, ...], list[Placed]]:
+        """Those that have a lease, and those of them that may not be here: gateways that share a store may have
+        different settings, and each goes by its own."""
+        registration = accepting(backend)
+        members: list[Member] = []
+        refused: list[Placed] = []
+        if registration is None:
+            return (), []
+        for lease in self.registry.of(pool).values():
+            problem = not_here(lease.member, registration)
+            if problem:
+                refused.append(Placed(lease.member, REGISTRATION, lease.member.name, None, problem))
+            else:
+                members.append(lease.member)
+        return tuple(members), refused
 
     def _say_refused(self, now: Mapping[str, Sequence[Placed]]) -> None:
         before = {(each.source, each.member.url, each.refused) for several in self._placed.values() for each in several}
@@ -224,20 +258,27 @@ class Members:
     # -- putting into force
 
     async def _follow_changes(self) -> None:
+        took_s = 0.0
         while True:
             await self._changed.wait()
-            await asyncio.sleep(GATHER_S)
+            # Thousands that come one by one are not to keep the gateway from doing anything else.
+            await asyncio.sleep(max(GATHER_S, took_s))
+            began_s = time.monotonic()
             await self._put_in_force()
+            took_s = min(time.monotonic() - began_s, LONGEST_GATHER_S)
 
     async def _put_in_force(self) -> None:
         assert self._reader is not None
         self._changed.clear()
         try:
             await self._reload(self._reader.again)
-        except ConfigError as error:
-            logger.error("the replicas that were found cannot be put into force:\n%s", error)
-        except Exception:
-            logger.exception("the replicas that were found could not be put into force")
+            self._problem = ""
+        except Exception as error:
+            if repr(error) != self._problem:
+                self._problem = repr(error)
+                text = "the replicas that were found cannot be put into force, which is tried again every %g s:\n%s"
+                logger.error(text, AGAIN_S, error, exc_info=not isinstance(error, ConfigError))
+            asyncio.get_running_loop().call_later(AGAIN_S, self._changed.set)
         finally:
             if not self._changed.is_set():
                 self._settled.set()
@@ -301,8 +342,10 @@ class Members:
             leases.setdefault(pool, []).append(lease.member)
         seen += [kept.Seen(pool, REGISTRATION, members, now_unix_s) for pool, members in leases.items()]
         content = [(each.pool, each.source, each.members) for each in seen]
-        if content != self._saved and (content or self._saved is not None):
-            self._saved = content
+        before, at_unix_s = self._saved
+        old = not self._tasks or abs(now_unix_s - at_unix_s) >= SAVE_AGAIN_S
+        if (content != before or old) and (content or before is not None):
+            self._saved = content, now_unix_s
             await asyncio.to_thread(kept.save, self._state_dir, seen)
 
 

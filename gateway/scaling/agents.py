@@ -89,6 +89,21 @@ def told(count: int, agent: str, reports: Mapping[str, PoolReport], leaving: Ite
     return PoolOrder(max(shares(count, reports)[agent], has), leave, roll)
 
 
+def roll_for(agent: str, ordered: int, reports: Mapping[str, PoolReport]) -> int:
+    """The rolling restart that an agent is told of. They carry one out one after the other, by name: of agents with one
+    server each, all servers would go at once otherwise. Nor does the next one begin where one has given up.
+
+    `ordered` is lost with a store that is memory; agents know what they have carried out.
+
+    >>> reports = {"a": PoolReport(roll=1), "b": PoolReport(roll=1), "c": PoolReport(roll=1)}
+    >>> [roll_for(each, 2, reports) for each in reports]
+    [2, 1, 1]
+    """
+    number = max(ordered, *(each.roll for each in reports.values()))
+    waits = any(each.roll < number for name, each in reports.items() if name < agent)
+    return reports[agent].roll if waits else number
+
+
 def decoded(notices: Mapping[str, bytes]) -> dict[str, Report]:
     """The notices `agent/<name>` that can be read, by agent."""
     found: dict[str, Report] = {}

@@ -20,6 +20,8 @@ YOUNG_S = 30.0
 """A worker that is met at this age, or before, is counted from its start."""
 MONEY_OVER_S = 60.0
 """Seconds over which spent money is averaged: single requests are too few to tell a pace from."""
+_COMING = frozenset({"joining", "warming"})
+"""Reasons of a replica that is new and gets requests within seconds: nothing is wrong with it."""
 MISSED_FOR_S = 30.0
 """A worker that is not heard of any more is missed for so long; it may be back, and its requests still there."""
 
@@ -68,6 +70,8 @@ class Seen:
     by: int = 0
     """Workers that tell of it."""
     ready: int = 0
+    coming: int = 0
+    """To how many of them it is new."""
     draining: int = 0
     """How many of them say so."""
     kv_use: float | None = None
@@ -79,6 +83,7 @@ class Seen:
         self.warm_tokens = max(self.warm_tokens, row.warm_tokens)
         self.draining += row.draining
         self.ready += row.reason in ("", "full")
+        self.coming += row.reason in _COMING
         self.kv_use = row.kv_use if self.kv_use is None else max(self.kv_use, row.kv_use or 0.0)
         self.capacity = row.capacity if self.capacity is None else self.capacity
 
@@ -143,6 +148,7 @@ class PoolView:
         # A row of a worker that has not read its settings yet is missing; one that says "draining" may be old.
         there = [each for each in self.replicas.values() if 2 * each.draining < each.by]
         ready = [each for each in there if 2 * each.ready >= each.by]
+        coming = sum(2 * each.ready < each.by <= 2 * (each.ready + each.coming) for each in there)
         kv = [each.kv_use for each in ready if each.kv_use is not None]
         capacity = [each.capacity for each in ready if each.capacity is not None]
         predicted = [each.last.predicted_ttft_ms for each in workers if each.last.predicted_ttft_ms is not None]
@@ -157,8 +163,8 @@ class PoolView:
             predicted_ttft_ms=sum(predicted) / len(predicted) if predicted else None,
             kv_use=min(1.0, sum(kv) / len(kv)) if kv else None,
             replicas_ready=len(ready),
-            replicas_starting=starting,
-            replicas_unhealthy=len(there) - len(ready),
+            replicas_starting=starting + coming,
+            replicas_unhealthy=len(there) - len(ready) - coming,
             capacity_requests=sum(capacity) / len(capacity) if capacity else None,
             tokens_per_s=sum(each.served_tokens_per_s for each in workers),
             served_per_s=sum(each.served_per_s for each in workers),

@@ -46,6 +46,9 @@ class Hand(Protocol):
     async def release(self, pool: str, identity: str) -> None:
         """Have them give work again to whatever is, or will be, at its address."""
 
+    async def tell(self, pool: str, standing: Standing) -> None:
+        """Have other gateways, and whoever comes after this one, know what is decided."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -102,6 +105,8 @@ class Helm:
         """Of replicas that agents have launched."""
         self._going: frozenset[str] = frozenset()
         """Replicas that say themselves that they go: of a restart, say."""
+        self._starting = 0
+        """Members that no worker knows as a replica yet."""
         self._pending = _Pending()
         self._ready = 0
         self._met = False
@@ -144,7 +149,8 @@ class Helm:
         self._agents = {name: agent for name, agent in self._agents.items() if name in known}
         self._going = frozenset(each.name for each in heard.members if each.state == "draining")
         starting = {each.name for each in heard.members if each.state == "starting"} - self.view.replicas.keys()
-        self.demand = self.view.demand(len(starting), heard.expected, now)
+        self._starting = len(starting)
+        self.demand = self.view.demand(self._starting, heard.expected, now)
         ready = 0 if self.demand is None else self.demand.replicas_ready
         if ready > self._ready and not any(each.started_in_s is not None for each in heard.members):
             for at in self._pending.ordered_at[: ready - self._ready]:
@@ -176,6 +182,11 @@ class Helm:
     def back(self) -> None:
         """It answers."""
         self._away = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether anything was ever decided, by this gateway or another one, now or before the last start."""
+        return self.standing.at_unix_s > 0.0
 
     @property
     def problem(self) -> str | None:
@@ -217,9 +228,16 @@ class Helm:
         self._remember(standing)
         self.standing = standing
         if self.provider.acts:
-            await self._leave(standing, heard, now)
+            await self._leave(standing, heard)
             await self._order(standing, now)
-        return self.standing
+        else:
+            await self.let_stay()
+        return standing
+
+    async def let_stay(self) -> None:
+        """Nobody sees to it any more that those go that are drained to go: they get work again."""
+        for name in list(self.standing.leaving):
+            await self._release(self.standing.leaving, name)
 
     def _remember(self, standing: Standing) -> None:
         last = self.history[-1] if self.history else None
@@ -233,30 +251,34 @@ class Helm:
             logger.info("pool %s: %d replicas wanted, %d there: %s", self.pool, change.wanted, change.current, why)
 
     def local_count(self, wanted: int) -> int:
-        """Of these, how many agents are to have: others of the pool are none of theirs. One that somebody has drained
-        counts beside them."""
+        """Of these, how many agents are to have: others of the pool are none of theirs."""
         others = sum(1 for name, seen in self.view.replicas.items() if name not in self._agents and not seen.draining)
-        parked = sum(
-            1
+        parked = [name for name in self._parked() if name in self._agents]
+        return max(0, wanted - others) + self._beside(wanted, parked)
+
+    def _parked(self) -> list[str]:
+        """Replicas that somebody has drained: they are there, and nobody can count on them."""
+        return [
+            name
             for name, seen in self.view.replicas.items()
-            if name in self._agents
-            and name not in self.standing.leaving
-            and name not in self._going
-            and 2 * seen.draining >= seen.by
-        )
-        return max(0, wanted - others) + parked
+            if 2 * seen.draining >= seen.by and name not in self.standing.leaving and name not in self._going
+        ]
+
+    def _beside(self, wanted: int, parked: Sequence[str]) -> int:
+        """How many of these are had beside what is wanted: none is beyond what the settings allow."""
+        return min(len(parked), max(0, self.ceiling - wanted))
 
     def agent_of(self, replica: str) -> str:
         """Who has launched it; empty: nobody who says so."""
         return self._agents.get(replica, "")
 
-    async def _leave(self, standing: Standing, heard: Heard, now: float) -> None:
+    async def _leave(self, standing: Standing, heard: Heard) -> None:
         """Drain those that are too many, undrain those that are wanted again, and see who is empty."""
         leaving, there, now_unix_s = standing.leaving, self.view.replicas, time.time()
-        if not there:
+        if self.demand is None:  # nobody tells anything: that no replica is seen does not mean that there is none
             return
-        there_by_members = {each.name for each in heard.members}
-        for name in [each for each in leaving if each not in there and each not in there_by_members]:
+        still = {each.name for each in heard.members if each.state != "starting"}  # that begins another life
+        for name in [each for each in leaving if each not in there and each not in still]:
             await self._release(leaving, name)
         for name, each in list(leaving.items()):
             if each.told and now_unix_s - each.since_unix_s > self.scaling.drain_s + STUCK_S:
@@ -266,19 +288,27 @@ class Helm:
         for name in back:
             await self._release(leaving, name)
         for name in more:
-            try:
-                await self._hand.drain(self.pool, name)
-            except (Silent, GatewayError) as error:
-                logger.debug("drain of %s/%s: %s", self.pool, name, error)
-                continue
             leaving[name] = Leaving(there[name].identity, now_unix_s)
             logger.info("pool %s: %s is drained to go", self.pool, name)
+        if more:  # first: should this gateway end between the two, the next one knows what is drained, and why
+            await self._hand.tell(self.pool, standing)
         for name, each in leaving.items():
             seen = there.get(name)
-            over = now_unix_s - each.since_unix_s >= self.scaling.drain_s
-            if not each.told and name not in more and (seen is None or seen.empty or over):
-                each.told = True
-                logger.info("pool %s: %s goes%s", self.pool, name, "" if seen is None or seen.empty else ", not empty")
+            if seen is not None and seen.draining < seen.by:
+                if not seen.draining and not each.told:  # nobody knows of it, or any more: all its time begins now
+                    each.since_unix_s = now_unix_s
+                await self._drain(name)
+            empty = seen is None or (seen.empty and self.demand.complete)
+            if not each.told and name not in more:
+                each.told = empty or now_unix_s - each.since_unix_s > self.scaling.drain_s
+                if each.told:
+                    logger.info("pool %s: %s goes%s", self.pool, name, "" if empty else ", not empty")
+
+    async def _drain(self, name: str) -> None:
+        try:
+            await self._hand.drain(self.pool, name)
+        except (Silent, GatewayError) as error:
+            logger.debug("drain of %s/%s: %s", self.pool, name, error)
 
     async def _release(self, leaving: dict[str, Leaving], name: str) -> None:
         """It no longer is to go, or is gone: an engine that is started at its address is to get work."""
@@ -307,7 +337,7 @@ class Helm:
                 lacking = share - (heard.reports[agent].launched - len(going))
                 back += [name for name in undecided if self._agents.get(name) == agent][: max(0, lacking)]
             return more, back
-        lacking = standing.wanted - len(free) - standing.starting
+        lacking = standing.wanted - len(free) - self._starting
         if lacking >= 0 or not self.provider.chooses:
             return [], undecided[: max(0, lacking)] if self.provider.chooses else undecided
         going_by_itself = self.provider.going(free, standing.wanted)
@@ -327,7 +357,9 @@ class Helm:
         if now < pending.retry_at or self.demand is None:
             return
         staying = sum(not each.told for each in standing.leaving.values())
-        count, leave = standing.wanted + staying, tuple(standing.leave)
+        parked = self._parked() if self.provider.chooses else ()
+        count = standing.wanted + staying + self._beside(standing.wanted, parked)
+        leave = tuple(standing.leave)
         due = pending.applied != (count, leave)
         try:
             if not due and now >= pending.ask_at:

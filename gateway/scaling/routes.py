@@ -24,6 +24,8 @@ from gateway.sources import Silent
 LIVE_S = 2.0
 MAX_BODY_BYTES = 65_536
 STORE_MAX_S = 86_400.0
+MAX_NUMBER = 1_000_000_000
+"""Of servers and of orders to restart them; the next order is one higher than what agents say."""
 _AGENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -154,8 +156,8 @@ class _View:
             raise InvalidRequest("agent must be 1 to 128 letters, digits, dots, dashes and underscores.", param="agent")
         body = await _decoded(request, Report)
         for pool, has in body.pools.items():
-            if min(has.launched, has.ready, has.max, has.roll) < 0:
-                raise InvalidRequest(f"pools.{pool} has a number below 0.", param="pools")
+            if not 0 <= min(numbers := (has.launched, has.ready, has.max, has.roll)) <= max(numbers) <= MAX_NUMBER:
+                raise InvalidRequest(f"pools.{pool} has a number below 0 or above {MAX_NUMBER}.", param="pools")
         known = self._service.agents.get(agent)
         most = {pool: has.max for pool, has in body.pools.items()}
         if known is None or {pool: has.max for pool, has in known.pools.items()} != most:

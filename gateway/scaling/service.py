@@ -20,7 +20,7 @@ import msgspec
 from backends.discovery.member import Member
 from gateway.errors import GatewayError
 from gateway.notices import AGENT, DEMAND, HOLD, ORDER, ROLL
-from gateway.scaling.agents import LOST_AFTER_S, Orders, PoolOrder, Report, decoded, told
+from gateway.scaling.agents import LOST_AFTER_S, Orders, PoolOrder, PoolReport, Report, decoded, roll_for, told
 from gateway.scaling.agents import RENEW_S as AGENT_RENEW_S
 from gateway.scaling.combining import by_pool
 from gateway.scaling.helm import Heard, Helm
@@ -94,6 +94,7 @@ class ScalingService:
 
     async def _run(self) -> None:
         while True:
+            begun = time.monotonic()
             try:
                 await self.round()
                 self._failing = False
@@ -101,7 +102,8 @@ class ScalingService:
                 if not self._failing:
                     logger.exception("scaling: a round failed; this is said once")
                 self._failing = True
-            await asyncio.sleep(self._period_s)
+            # From beginning to beginning: a slow provider must not cost this gateway the leases of all pools.
+            await asyncio.sleep(max(0.0, begun + self._period_s - time.monotonic()))
 
     async def round(self) -> None:
         """Look at all pools once, and decide for those that nobody else decides for."""
@@ -141,15 +143,26 @@ class ScalingService:
                 self._kept = await asyncio.to_thread(read_kept, self._desk.state_dir / FILE)
             self._loaded = True
         for name in self.helms.keys() - wanted.keys():
-            helm = self.helms.pop(name)
-            self._kept.pools[name] = helm.kept()
-            await helm.provider.aclose()
+            await self._drop(self.helms.pop(name))
         for name, scaling in wanted.items():
             if name in self.helms:
                 await self.helms[name].configure(scaling)
             else:
                 self.helms[name] = Helm(name, scaling, self._kept.pools.get(name, KeptPool()), self)
         self.helms = {name: self.helms[name] for name in wanted}
+
+    async def _drop(self, helm: Helm) -> None:
+        """Nobody is to decide about this pool any more; nor will anybody have those go that were drained to go."""
+        task = self._acts.pop(helm.pool, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if helm.acting:
+            await helm.let_stay()
+            with suppress(Silent, GatewayError):
+                await self._any(lambda source: source.retract(f"{ORDER}/{helm.pool}"))
+        self._kept.pools[helm.pool] = helm.kept()
+        await helm.provider.aclose()
 
     async def _pool(
         self,
@@ -166,7 +179,7 @@ class ScalingService:
         )
         found = helm.look(demand, heard, now)
         try:
-            await self._hold(helm, hold)
+            await self._hold(helm, hold, new_store=standing is None)
             acting = await self.claim(f"{LEASE}/{helm.pool}")
         except (Silent, GatewayError) as error:
             helm.away(f"the store does not answer: {error}")
@@ -187,18 +200,19 @@ class ScalingService:
     ) -> None:
         try:
             made = await helm.act(found, heard, standing, now)
-            made.by = self.holder
-            await self._announce(f"{ORDER}/{helm.pool}", made, None)
+            if helm.acting:  # still, after what a provider takes its time for
+                await self.tell(helm.pool, made)
         except (Silent, GatewayError) as error:
             helm.away(f"the store does not answer: {error}")
         except Exception:
             logger.exception("scaling: pool %s", helm.pool)
 
-    async def _hold(self, helm: Helm, told: Hold | None) -> None:
-        """The number of an operator, wherever it was given; after a start, the one that was in force before."""
+    async def _hold(self, helm: Helm, told: Hold | None, *, new_store: bool) -> None:
+        """The number of an operator, wherever it was given; after a start, the one that was in force before, unless the
+        store has gone on meanwhile: then somebody has taken it back."""
         if helm.pool not in self._restored:
             self._restored.add(helm.pool)
-            if told is None and helm.hold is not None and helm.hold.until_unix_s > time.time():
+            if new_store and told is None and helm.hold is not None and helm.hold.until_unix_s > time.time():
                 await self._announce(f"{HOLD}/{helm.pool}", helm.hold, helm.hold.until_unix_s - time.time())
                 return
         if time.monotonic() - self._touched.get(helm.pool, -1e9) < SEEN_WITHIN_S:
@@ -275,9 +289,10 @@ class ScalingService:
             backend = self._desk.settings.backends.get(pool)
             if backend is None or backend.launch is None:
                 continue
-            roll = _number(rolls.get(f"{ROLL}/{pool}"))
+            of_pool = {name: each.pools[pool] for name, each in reports.items() if pool in each.pools}
+            roll = roll_for(agent, _number(rolls.get(f"{ROLL}/{pool}")), of_pool)
             standing = _read(orders.get(f"{ORDER}/{pool}"), Standing)
-            found[pool] = self._told(pool, agent, reports, backend.launch.count, standing, roll)
+            found[pool] = self._told(pool, agent, of_pool, backend.launch.count, standing, roll)
         return Orders(AGENT_RENEW_S, found)
 
     async def _reports(self) -> dict[str, Report]:
@@ -291,19 +306,19 @@ class ScalingService:
         self,
         pool: str,
         agent: str,
-        reports: Mapping[str, Report],
+        reports: Mapping[str, PoolReport],
         configured: int,
         standing: Standing | None,
         roll: int,
     ) -> PoolOrder:
-        helm, mine = self.helms.get(pool), reports[agent].pools[pool]
+        helm, mine = self.helms.get(pool), reports[agent]
         if helm is None or not isinstance(helm.provider, Local):
             return PoolOrder(configured, [], roll)
-        if standing is None:  # nothing was decided yet: what runs runs on
-            return PoolOrder(max(mine.launched, min(configured, mine.max)), [], roll)
-        of_pool = {name: each.pools[pool] for name, each in reports.items() if pool in each.pools}
+        if standing is None:  # nothing was decided yet, in this life or ever: what runs runs on
+            first = 0 if helm.decided else min(configured, mine.max)
+            return PoolOrder(max(mine.launched, first), [], roll)
         leave = [name for name in standing.leave if helm.agent_of(name) == agent]
-        return told(helm.local_count(standing.wanted), agent, of_pool, leave, roll)
+        return told(helm.local_count(standing.wanted), agent, reports, leave, roll)
 
     # -- through any worker that answers
 
@@ -314,6 +329,11 @@ class ScalingService:
     async def release(self, pool: str, identity: str) -> None:
         """As `helm.Hand`. The fact itself is taken back: there may be no replica of its name any more."""
         await self._any(lambda source: source.retract(f"{DRAIN}/{pool}/{identity}"))
+
+    async def tell(self, pool: str, standing: Standing) -> None:
+        """As `helm.Hand`."""
+        standing.by = self.holder
+        await self._announce(f"{ORDER}/{pool}", standing, None)
 
     async def notices(self, kind: str) -> Mapping[str, bytes]:
         """Those of a kind. Raises `GatewayError`, `Silent`."""

@@ -15,6 +15,9 @@ from gateway.scaling.helm import Helm
 LAST_CHANGES = 20
 """Shown of each pool where several are; a single one has all that are kept."""
 
+WANTED = "tidegate_scaling_wanted_replicas"
+"""What others act on: there is none as long as nothing was decided."""
+
 
 def pool_row(helm: Helm, *, changes: int | None = None) -> dict[str, Any]:
     """One pool, with so many of its last changes (None: all)."""
@@ -26,7 +29,8 @@ def pool_row(helm: Helm, *, changes: int | None = None) -> dict[str, Any]:
     return {
         "pool": helm.pool,
         "provider": helm.provider.name,
-        "wanted": standing.wanted,
+        # Nothing, rather than a number that KEDA would act on, until something is decided.
+        "wanted": standing.wanted if helm.decided else None,
         "current": standing.current,
         "ready": 0 if demand is None else demand.replicas_ready,
         "starting": 0 if demand is None else demand.replicas_starting,
@@ -84,7 +88,7 @@ def families(helms: Iterable[Helm]) -> Iterator[Metric]:
     if not helms:
         return
     gauges = (
-        ("tidegate_scaling_wanted_replicas", "Replicas that a pool should have.", lambda each: each.standing.wanted),
+        (WANTED, "Replicas that a pool should have.", lambda each: each.standing.wanted),
         (
             "tidegate_scaling_current_replicas",
             "Replicas that a pool has: ready, starting or ill.",
@@ -119,7 +123,7 @@ def families(helms: Iterable[Helm]) -> Iterator[Metric]:
     )
     for name, text, value in gauges:
         family = GaugeMetricFamily(name, text, labels=["pool"])
-        for helm in helms:
+        for helm in helms if name != WANTED else filter(lambda each: each.decided, helms):
             family.add_metric([helm.pool], value(helm))
         yield family
     errors = CounterMetricFamily(

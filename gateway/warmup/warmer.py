@@ -36,7 +36,9 @@ ONE_PROMPT_A_SLOT = frozenset({"llamacpp"})
 """Engines whose cache is that of their slots, each with the last prompt that it ran: more would push out the first."""
 FAILURES = 2
 """In a row; then the replica is left alone: its first clients will find out what is wrong with it."""
-LEFT_OUT = frozenset({"stream", "stream_options", "n", "best_of", "min_tokens", "logprobs", "top_logprobs"})
+LEFT_OUT = frozenset(
+    {"stream", "stream_options", "n", "best_of", "min_tokens", "echo", "logprobs", "top_logprobs", "prompt_logprobs"}
+)
 """Fields that say how to answer, not what was asked, and do not go with an answer of one token."""
 
 

@@ -18,8 +18,9 @@ from gateway.notices import KINDS
 from gateway.runtime import Runtime
 from gateway.store.protocol import Fact
 from gateway.watch import notes
-from routing.health import Change, heed_ejection
+from routing.health import Change
 from routing.load import Load
+from routing.observing import heed_ejection
 from routing.router import PoolState
 from routing.types import Replica
 from routing.work import NOTHING, Totals

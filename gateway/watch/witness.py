@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from gateway.verdict import Verdict
 from routing.credential import Credential
-from routing.health import Change, Evidence, observe
+from routing.health import Change, Evidence
+from routing.observing import observe
 from routing.types import Replica
 
 logger = logging.getLogger(__name__)

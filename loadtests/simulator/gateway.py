@@ -11,8 +11,9 @@ from loadtests.simulator.fleet import Fleet
 from loadtests.simulator.traffic import Workload
 from routing.calibration import Calibration
 from routing.evidence import Evidence
-from routing.health import Health, observe
+from routing.health import Health
 from routing.load import Load
+from routing.observing import observe
 from routing.router import PoolState, Router
 from routing.sharing import WORKER_BYTES, Peerage
 from routing.speed import Speed

@@ -85,8 +85,7 @@ class Scaler:
     def decide(self, demand: Demand | None, now: float) -> Recommendation:
         """What there should be. `demand` None: nobody has told anything. `now` never goes back."""
         if demand is None:
-            count = self._ordered[1] if self._ordered is not None else self.rules.min
-            return self._held(count, count, "nothing is known of what is asked for", now)
+            return self._unknown(now)
         current = demand.replicas_ready + demand.replicas_starting + demand.replicas_unhealthy
         base = self._base(current, now)
         if now - demand.at_s > STALE_S:
@@ -103,6 +102,22 @@ class Scaler:
         reasons = reasons_of(demand, self.rules, signals, base)
         missing = "" if demand.complete else "not every gateway has told its part"
         return self._recommend(reasons, base, current, now, signals, missing)
+
+    def _unknown(self, now: float) -> Recommendation:
+        """Nobody has told anything. What was ordered stays; where nothing was, it is not known how many there are, and
+        the least of the rules must not be taken for that later on."""
+        why = "nothing is known of what is asked for"
+        if self._ordered is not None:
+            return self._held(self._ordered[1], self._ordered[1], why, now)
+        count = self.rules.min
+        return Recommendation(
+            count=count,
+            current=count,
+            reasons=(Reason(UNKNOWN, count, why),),
+            limited_by="unknown",
+            lead_time_s=self.lead_time_s,
+            usd_per_hour=count * self.rules.usd_per_hour,
+        )
 
     # --- what is wanted
 

@@ -22,7 +22,7 @@ from gateway.keys.format import new_id
 from loadtests.behaviour import Behaviour
 from tests.security.hostile_texts import HOSTILE, sent_as_json
 from tests.support.browsing import WITHIN_MS, Problems, Visit, sign_in
-from tests.support.fleet_rig import Rig, fleet_rig, fleet_sections
+from tests.support.fleet_rig import FOUND_FILE, Rig, fleet_rig, fleet_sections
 
 PAGES = (
     *("overview", "fleet", "requests", "playground", "tenants", "limits", "cost", "policies", "scaling"),
@@ -114,6 +114,8 @@ async def test_names_are_there_to_be_read_as_they_were_written(visit: Visit, pla
 
 
 async def test_a_request_with_such_a_model_opens(visit: Visit, planted: int, fleet: Rig) -> None:
+    for name in MODELS[:3]:  # those planted at first may have left the list by now
+        await fleet.ask(model=name[:200], max_tokens=2)
     listed = (await fleet.admin("GET", "/admin/requests?limit=100")).json()
     hostile = [each for each in listed["settled"] if each.get("model") in MODELS]
     assert hostile
@@ -148,3 +150,32 @@ async def test_what_a_model_says_is_text(visit: Visit, planted: int, fleet: Rig,
         await nothing_happened(page)
     finally:
         await fleet.run(lambda: scripted(before))
+
+
+async def test_what_replicas_and_agents_say_of_themselves_is_text(visit: Visit, fleet: Rig) -> None:
+    """They need no more than a registrar's token, and what they say is shown to owners."""
+    texts = [sent_as_json(text)[:4000] for text in HOSTILE.values()]
+    page = await visit("fleet")
+    for number, text in enumerate(texts):
+        body = {
+            **{"url": f"http://127.0.0.1:{9000 + number}", "state": "starting", "progress": 0.5},
+            **{"phase": text, "detail": text, "agent": text, "restarts": 1},
+        }
+        answer = await fleet.admin("PUT", f"/admin/registrations/chat-pool/start-{number}", body)
+        assert answer.status_code == 200, answer.text
+    await expect(page.get_by_text(f"All {len(texts)}")).to_be_visible()
+    await page.get_by_text(f"All {len(texts)}").click()
+    starting = page.get_by_role("region", name="Starting", exact=True)
+    await expect(starting.get_by_role("listitem")).to_have_count(len(texts))
+    await expect(starting).to_contain_text(HOSTILE["handler"])
+    await nothing_happened(page)
+    (fleet.folder / FOUND_FILE).write_text(json.dumps([{HOSTILE["handler"]: 1}]))
+    await expect(page.get_by_role("alert").filter(has_text=HOSTILE["handler"])).to_be_visible()
+    await nothing_happened(page)
+    (fleet.folder / FOUND_FILE).write_text("[]")
+    page = await visit("scaling")
+    pools = {text: {"launched": 1, "ready": 1, "max": 2} for text in texts}
+    for _ in range(2):  # whoever is not heard of is forgotten soon
+        assert (await fleet.admin("PUT", "/admin/agents/gpu1", {"pools": pools})).status_code == 200
+    await expect(page.get_by_role("table", name="Agents")).to_contain_text(HOSTILE["handler"])
+    await nothing_happened(page)

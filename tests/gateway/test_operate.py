@@ -216,6 +216,7 @@ async def test_a_wrong_token_is_named_by_where_it_is_from(
         monkeypatch.delenv("TIDEGATE_ADMIN__TOKEN")
         assert await operator.run("replicas") == 2
         assert f"there is no owner token in {state}" in operator.err
+        assert "a gateway makes it when it first starts" in operator.err  # `tidegate fleet up` is often tried before
         token, path = stored_token({"TIDEGATE_STATE_DIR": str(state)})
         assert await operator.run("replicas") == 2
         assert f"refuses the owner token from {path}" in operator.err

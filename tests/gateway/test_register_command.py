@@ -229,6 +229,24 @@ async def test_a_gateway_that_stays_away_does_not_hold_up_the_end_for_longer_tha
         assert "not every gateway has heard" in register.said
 
 
+@pytest.mark.parametrize("at_first", [True, False])
+async def test_a_gateway_that_refuses_does_not_hold_up_the_end_for_longer_than_its_lease(
+    tmp_path: Path, at_first: bool
+) -> None:
+    refusal = (403, "registration_refused", "Not from there.")
+    async with (
+        StandIn(ttl_s=1.0, refusal=refusal if at_first else None) as gateway,
+        FakeEngine() as engine,
+        registering(tmp_path, gateway, url=engine.url) as register,
+    ):
+        if not at_first:
+            await gateway.until(lambda: gateway.state("r0") == "ready")
+        gateway.refusal = refusal
+        await register.until_said("refuses (403)")
+        register.signal(signal.SIGTERM)
+        assert await register.ended() == 0
+
+
 async def test_each_gateway_is_told_and_each_must_be_empty(tmp_path: Path) -> None:
     async with (
         StandIn() as one,

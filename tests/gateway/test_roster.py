@@ -56,6 +56,12 @@ def test_where_workers_agree_they_are_not_listed() -> None:
     assert (merged["workers"], merged["available"], merged["unavailable_reason"]) == ([], True, None)
 
 
+def test_what_other_gateways_have_under_way_keeps_a_replica_from_being_empty() -> None:
+    theirs = state(work={"queued": 0, "running": 1, "queued_tokens": 0, "running_tokens": 9})
+    merged = Roster.of([(0, answer(theirs)), (1, answer(state()))]).merged("pool", "pool-0")
+    assert (merged["in_flight"], merged["empty"]) == (0, False)
+
+
 def test_a_worker_that_is_silent_may_still_have_work_there() -> None:
     merged = Roster.of([(0, answer(state())), (1, None), (2, {"worker": 2, "up": False})]).merged("pool", "pool-0")
     assert (merged["in_flight"], merged["empty"], merged["silent_workers"]) == (0, False, [1, 2])

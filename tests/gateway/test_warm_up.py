@@ -331,6 +331,7 @@ def all_used(worker: dict[str, Any]) -> bool:
 
 def test_a_shortened_request_has_the_same_prompt() -> None:
     asked = chat("q", stream=True, stream_options={"include_usage": True}, n=3, max_completion_tokens=900, min_tokens=5)
+    asked |= {"echo": True, "prompt_logprobs": 20}  # the prompt once more, and a list for each of its tokens
     fields = short("/v1/chat/completions", json.dumps(asked).encode(), "vllm").fields
     assert fields == {"model": "m", "messages": asked["messages"], "stream": False, "max_tokens": 1}
 

@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from routing.health import LONG_AWAY_S, Change, Evidence, Health, HealthState, Rules, heed_ejection, observe
+from routing.health import LONG_AWAY_S, Change, Evidence, Health, HealthState, Rules
+from routing.observing import heed_ejection, observe
 from routing.types import InferenceRequest, Replica
 
 NOW = 1000.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from routing.health import ALIVE_S, Change, Evidence, Health, HealthState, observe
+from routing.health import ALIVE_S, Change, Evidence, Health, HealthState
+from routing.observing import observe
 from routing.types import Replica
 
 NOW = 1000.0

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import routing
 from routing.filters import SOFT
-from routing.health import Change, Evidence, Health, HealthState, Rules, heed_ejection, observe
+from routing.health import Change, Evidence, Health, HealthState, Rules
+from routing.observing import heed_ejection, observe
 from routing.policies.balanced import LeastOutstanding
 from routing.router import Router
 from routing.types import InferenceRequest, Replica, Reservation

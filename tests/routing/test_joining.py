@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from routing.filters import SOFT
-from routing.health import Evidence, Health, HealthState, Rules, observe
+from routing.health import Evidence, Health, HealthState, Rules
+from routing.observing import observe
 from routing.policies.balanced import LeastOutstanding
 from routing.router import ALL_UNHEALTHY, NEW_OR_CORDONED, Router
 from routing.types import InferenceRequest, Replica
@@ -71,11 +72,11 @@ def test_after_an_answer_it_is_as_cheap_to_look_at_as_any() -> None:
     new.health.probed(True, NOW)
     new.health.warmed(NOW + 1.0)
     observe(new, [new], Evidence.ANSWERED, NOW + 2.0)
-    assert new.health._calm
+    assert new.health.calm
     late = joined()
     late.health.probed(True, NOW)
     observe(late, [late], Evidence.ANSWERED, NOW + 31.0)
-    assert late.health._calm
+    assert late.health.calm
 
 
 def test_without_probes_and_without_warming_slow_start_begins_at_once() -> None:

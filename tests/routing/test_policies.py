@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from routing.credential import Credential, Credentials
 from routing.filters import SOFT
-from routing.health import Evidence, observe
+from routing.health import Evidence
+from routing.observing import observe
 from routing.policies.balanced import LeastOutstanding
 from routing.router import Router
 from routing.types import Decision, InferenceRequest, Replica

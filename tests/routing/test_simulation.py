@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from routing.health import Change, Evidence, Health, HealthState, Rules, observe
+from routing.health import Change, Evidence, Health, HealthState, Rules
+from routing.observing import observe
 from routing.policies.balanced import LeastOutstanding
 from routing.router import Router
 from routing.types import InferenceRequest, Replica, Reservation

@@ -106,6 +106,24 @@ def test_bad_questions_are_refused_in_a_sentence(
     assert named in capsys.readouterr().err
 
 
+def test_data_parallel_attention_is_planned_for_every_gpu_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    said = planned(capsys, "deepseek-v3", "--dp-attention")
+    found = {gpu["gpu"]: gpu for gpu in said["gpus"]}
+    assert found["h200"]["replica"]["dp_attention"] is True
+    assert {gpu["engine"] for gpu in found.values()} == {"sglang"}
+    assert found["gaudi2"]["refused"][0].startswith("sglang does not run on Gaudi 2 96 GB; vllm does")
+
+
+def test_many_small_gpus_that_sglangs_own_rule_leaves_nothing_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """1 GiB for each 8 GPUs of a replica: 16 of the 24 that each of 128 has."""
+    (gpu,) = planned(capsys, "deepseek-v3", "--gpu", "rtx4090", code=1)["gpus"]
+    assert "sglang leaves 0.0 GiB of its 24.0 GiB" in gpu["refused"][-1]
+    assert gpu["refused"][-1].endswith("keeps 16 GiB of each back for 128 GPUs: --memory-fraction 0.85 leaves 18.7 GiB")
+    assert not any("--memory-fraction" in each for each in gpu["refused"][:2])  # one machine or less: it would not help
+    (gpu,) = planned(capsys, "deepseek-v3", "--gpu", "rtx4090", "--memory-fraction", "0.85")["gpus"]
+    assert gpu["replica"]["gpus"] == 40
+
+
 def folder_with(tmp_path: Path, config: object, index: object = None) -> Path:
     folder = tmp_path / "my-model"
     folder.mkdir()

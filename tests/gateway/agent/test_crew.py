@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ class Machine:
                 match step:
                     case Add(place):
                         assert place not in self.crew.seats
+                        assert place < self.crew.capacity
                         seat = Seat(
                             place,
                             f"box-pool-{place}",
@@ -42,7 +44,6 @@ class Machine:
                         self.post(self.crew.seats[place], Leave(again))
                     case Say(text):
                         self.said.append(text)
-            assert len(self.crew.seats) <= self.crew.capacity
             self.least_ready = min(self.least_ready, self.crew.ready)
             if not steps:
                 return
@@ -156,6 +157,23 @@ def test_only_server_is_replaced_by_another_one_first_where_there_is_room() -> N
     assert machine.least_ready == 1
     assert machine.ready_places == [1]
     assert machine.said[0] == "starting another server before box-pool-0 goes"
+
+
+@pytest.mark.parametrize("capacity", [3, 1])
+def test_one_that_is_left_while_all_are_started_anew_waits_for_the_place_of_one_that_goes(capacity: int) -> None:
+    """The count is lowered, by an order or with the room in the file, while the first one is drained."""
+    machine = running(3, 3)
+    machine.crew.renew()
+    machine.turn()
+    machine.crew.order(1, (), None)
+    machine.crew.capacity = capacity
+    machine.turn()
+    assert machine.crew.ready == 1
+    machine.settle()
+    assert rolled(machine)
+    assert machine.least_ready == 1
+    assert machine.said[0].startswith("starting another server before")
+    assert len(machine.said) == 2
 
 
 def test_only_server_is_drained_where_there_is_no_room() -> None:

@@ -54,6 +54,19 @@ def test_server_is_started_at_once_and_ready_when_it_answers() -> None:
     assert (server.phase, server.started_in_s, server.restarts) == (Phase.READY, 42.5, 0)
 
 
+def test_one_that_does_not_get_ready_says_what_it_answered_last() -> None:
+    server = keeper()
+    server.decide(0.0)
+    server.decide(59.0, [Silent("/health answered 404")])
+    late = "was not ready within 60 s (/health answered 404)"
+    assert said([*server.decide(61.0)]) == f"{late}; ending it"
+    assert said([*server.decide(62.0, [Exited("was ended by SIGTERM")])]).startswith(f"{late}; starts again")
+    server = keeper()
+    server.decide(0.0)
+    server.decide(1.0, [Silent("refused"), Answered()])
+    assert server.trouble == ""
+
+
 def delays(server: Keeper, count: int, lives_s: float = 0.0) -> list[float]:
     found, now = [], 0.0
     for _ in range(count):

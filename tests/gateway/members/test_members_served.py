@@ -224,6 +224,19 @@ async def test_a_found_replica_is_weighed_by_name_and_loses_to_what_is_written_d
             assert shown["again"]["refused"] == "the configuration calls it fixed"
 
 
+async def test_two_machines_whose_agents_have_one_name_do_not_take_each_others_place(tmp_path: Path) -> None:
+    async with FakeEngine() as engine, side(tmp_path) as gateway:
+        await gateway.register("box-pool-0", engine.url, agent="box")
+        other = {"url": "http://127.0.0.1:9", "agent": "box"}
+        refused = await gateway.admin("PUT", "/admin/registrations/pool/box-pool-0", other)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "registration_refused")
+        assert "two machines have an agent of this name " in refused.text
+        (shown,) = (await gateway.members())["members"]
+        assert shown["url"] == engine.url
+        await gateway.register("box-pool-0", engine.url, agent="box", state="draining")
+        await gateway.register("box-pool-0", "http://127.0.0.1:9", agent="box")  # it has moved
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code"),
     [

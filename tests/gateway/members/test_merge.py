@@ -9,7 +9,7 @@ from backends.discovery.member import Member
 from gateway.config import load
 from gateway.config.discovery import MemberDefaults
 from gateway.config.load import read_all
-from gateway.members.merge import DNS, FILE, KUBERNETES, ORDER, REGISTRATION, name_of, placed
+from gateway.members.merge import DNS, FILE, KUBERNETES, ORDER, REGISTRATION, Known, name_of, placed
 
 DEFAULTS = MemberDefaults(region="eu-west", weight=2.0)
 
@@ -116,3 +116,13 @@ def test_whatever_is_found_makes_a_configuration_that_can_be_read(found: dict[st
 def test_names_made_from_addresses_are_valid_and_stay_short() -> None:
     assert name_of("p", Member(url="http://[fd00::1]:30000")) == "p-fd00-0-0-0-0-0-0-1-30000"
     assert len(name_of("p" * 60, Member(url=f"http://{'h' * 60}.example:1", dp_rank=3))) <= 80
+
+
+def test_what_is_known_of_members_is_kept_up_to_date_and_changes_nothing() -> None:
+    known: Known = {}
+    several = [Member(url=f"http://10.0.0.{number}:1", name=f"r{number}") for number in range(4)]
+    first = placed("p", DEFAULTS, {FILE: several}, known)
+    assert placed("p", DEFAULTS, {FILE: several}, known) == first
+    again = {FILE: [several[0], Member(url="http://10.0.0.9:1", name="r1", state="draining")], DNS: several[2:]}
+    assert placed("p", DEFAULTS, again, known) == placed("p", DEFAULTS, again)
+    assert len(known) == 4  # those that are gone are forgotten

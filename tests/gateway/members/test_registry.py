@@ -7,7 +7,7 @@ import pytest
 
 from backends.discovery.member import Member
 from gateway.config.discovery import Registration
-from gateway.members.registering import may_be_at
+from gateway.members.places import may_be_at, not_here
 from gateway.members.registry import MAX_GAP_S, Posted, Registry, notice_key
 
 TTL_S = 15.0
@@ -70,6 +70,34 @@ def test_who_has_left_is_gone_at_once_and_an_old_renewal_does_not_bring_it_back(
     assert registry.leases == {}
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_notice_that_is_still_under_way_does_not_undo_what_was_said_since(gone: bool) -> None:
+    registry = Registry()
+    key = ("p", "r")
+    older = {notice_key(*key): msgspec.json.encode(posted("1"))}
+    registry.take_first(*key, posted("1"), 0.0)
+    assert not registry.read(older, 0.1)
+    assert registry.take_first(*key, posted("2", "draining", gone=gone), 1.0)
+    for _ in range(2):  # a look between the answer and the store, and one between the store and the worker
+        assert not registry.read(older, 1.1)
+        assert [lease.member.state for lease in registry.leases.values()] == ([] if gone else ["draining"])
+        registry.told(*key, posted("2"), 1.1)
+    newer = {notice_key(*key): msgspec.json.encode(posted("2", "draining", gone=gone))}
+    assert not registry.read(newer, 1.5)
+    # What another gateway has heard since counts.
+    assert registry.read({notice_key(*key): msgspec.json.encode(posted("3"))}, 2.0)
+    assert registry.leases[key].member.state == "ready"
+
+
+def test_what_another_gateway_says_counts_in_the_end_also_where_ours_is_never_shown() -> None:
+    registry = Registry()
+    registry.take_first("p", "r", posted("1"), 0.0)
+    registry.told("p", "r", posted("1"), 0.0)
+    other = {notice_key("p", "r"): msgspec.json.encode(posted("2", "draining"))}
+    assert not registry.read(other, 1.0)
+    assert registry.read(other, 3.5)
+
+
 def test_what_another_version_has_posted_is_passed_over() -> None:
     registry = Registry()
     assert not registry.read({notice_key("p", "r"): b'{"member": 3}', "member/p": b"{}", "agent/x": b"{}"}, 0.0)
@@ -102,3 +130,22 @@ def test_names_count_where_they_are_listed() -> None:
     refused = ["http://gpu.internal:1", "http://evilgpu.internal:1", "http://two.example:1", "http://one.example.org:1"]
     assert [may_be_at(url, registration) for url in allowed] == [True] * 3
     assert [may_be_at(url, registration) for url in refused] == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("events", "may"),
+    [
+        ("auto", True),
+        ("tcp://10.0.0.7:5557", True),
+        ("tcp://[fd00::7]:5557", True),
+        ("ipc:///var/run/docker.sock", False),
+        ("tcp://169.254.169.254:80", False),
+        ("tcp://10.0.0.7;169.254.169.254:80", False),
+        ("tcp://10.0.0.7:5557/x", False),
+        ("tcp://10.0.0.7@8.8.8.8:5557", False),
+        ("tcp://*:5557", False),
+    ],
+)
+def test_the_gateway_is_not_had_to_read_cache_events_from_anywhere_else(events: str, may: bool) -> None:
+    member = Member(url="http://10.0.0.7:30000", name="r", kv_events=events)
+    assert (not_here(member, Registration()) == "") is may

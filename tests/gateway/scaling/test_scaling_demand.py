@@ -151,3 +151,41 @@ def test_a_worker_that_began_anew_counts_from_its_start_and_one_that_is_gone_is_
     assert not few.complete
     view.read({}, 42.0)
     assert view.demand(0, 1, 42.0) is None
+
+
+def test_a_replica_that_is_being_warmed_is_on_its_way_and_not_ill() -> None:
+    rows = [ReplicaRow("r0", "i0", 2), ReplicaRow("r1", "i1", 0, "joining"), ReplicaRow("r2", "i2", 0, "warming")]
+    view = PoolView()
+    view.read(
+        {"w0": _note(5.0, 10, replicas=rows), "w1": _note(5.0, 10, replicas=[*rows[:2], ReplicaRow("r2", "i2", 1)])},
+        0.0,
+    )
+    found = view.demand(1, 2, 0.0)
+    assert found is not None
+    assert (found.replicas_ready, found.replicas_starting, found.replicas_unhealthy) == (
+        2,
+        2,
+        0,
+    )  # who warms it uses it last
+
+
+async def test_a_gateway_whose_pool_sleeps_is_ready_so_that_somebody_can_wake_it_up() -> None:
+    launch = {"launch": {"model": "/models/m.gguf"}}
+    async with httpx2.AsyncClient(trust_env=False, timeout=20.0) as client:
+        for least, status in ((0, 200), (1, 503)):
+            backend = {**launch, "scaling": {"max": 2, "min": least, "provider": "local"}}
+            async with serving(settings_for([], engine="llamacpp", backend=backend)) as gateway:
+                answer = await client.get(f"{gateway.url}/readyz")
+                assert (answer.status_code, answer.json()["pools_without_replica"]) == (status, ["pool"])
+
+
+async def test_a_gateway_all_of_whose_replicas_are_new_is_ready() -> None:
+    async with (
+        FakeEngine(models=("m",)) as engine,
+        serving(settings_for(engine.urls)) as gateway,
+        httpx2.AsyncClient(trust_env=False, timeout=20.0) as client,
+    ):
+        (replica,) = gateway.runtime.fleet.pools["pool"].replicas
+        replica.health.join(time.monotonic(), until_ready=True, warm_s=30.0)
+        assert (await client.get(f"{gateway.url}/readyz")).status_code == 200
+        assert await _ask(client, gateway) == 200

@@ -233,7 +233,7 @@ async def test_agents_share_a_pools_count_and_are_told_of_a_roll(tmp_path: Path)
             return dict(told["pools"]["pool"])
 
         assert (await report("b", 1, 4))["count"] >= 1
-        await admin.until(lambda row: row["wanted"] >= 3 and row["acting"])
+        await admin.until(lambda row: row["acting"] and row["wanted"] >= 3)
         await report("b", 1, 4)
         assert (await report("a", 1, 2))["count"] == 2
         assert (await report("b", 1, 4))["count"] == 1
@@ -248,6 +248,7 @@ async def test_agents_share_a_pools_count_and_are_told_of_a_roll(tmp_path: Path)
         assert (await admin("POST", "/admin/pools/pool/roll")).json()["roll"] == 8
         assert (await admin("PUT", "/admin/agents/a b", {"pools": {}})).status_code == 400
         assert (await admin("PUT", "/admin/agents/a", {"pools": {"pool": {"launched": -1}}})).status_code == 400
+        assert (await admin("PUT", "/admin/agents/a", {"pools": {"pool": {"roll": 10**16}}})).status_code == 400
 
 
 async def until_told(ask: Callable[[], Awaitable[dict[str, Any]]], roll: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from random import Random
 
 from xxhash import xxh3_64_intdigest
 
-from routing.health import Evidence, observe
+from routing.health import Evidence
+from routing.observing import observe
 from routing.prefix import Prefix
 from routing.types import InferenceRequest, Replica, View
 

@@ -224,3 +224,10 @@ def test_steps_up_wait_for_the_cool_down() -> None:
 def test_rules_that_contradict_each_other_are_refused(rules: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Rules(**rules)  # type: ignore[arg-type]
+
+
+def test_what_nobody_has_told_yet_is_not_taken_for_what_there_is() -> None:
+    scaler = Scaler(replace(RULES, min=1))
+    assert scaler.decide(None, 0.0).count == 1
+    said = run(scaler, 8.0, 5.0, 300.0, 8)
+    assert {each.count for each in said} == {8}, "none of the eight goes before it was seen for a while"

@@ -9,6 +9,8 @@ const variable = (name) => getComputedStyle(document.documentElement).getPropert
 const colour = (index) => variable(`--series-${(index % 6) + 1}`);
 
 const DAY_S = 86400;
+/** Steps begin with one point: an axis needs more. */
+const LEAST_S = 60;
 const two = (value) => String(value).padStart(2, "0");
 
 /** The time below a line of the grid: as much of it as tells lines apart. */
@@ -30,7 +32,7 @@ function options(element, { series, kind, format, max }, now) {
     height: HEIGHT,
     legend: { live: true },
     cursor: { points: { size: 6 } },
-    scales: { x: { time: true }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), max ?? (high > 0 ? high * 1.08 : 1)] } },
+    scales: { x: { time: true, ...(kind === "steps" && { range: (_, low, high) => [Math.min(low, high - LEAST_S), high] }) }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), max ?? (high > 0 ? high * 1.08 : 1)] } },
     axes: [{ ...axis, size: 28, values: (_, ticks, __, ___, between_s) => ticks.map((tick) => clock(tick, between_s)) },
       { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => format(tick)) }],
     series: [

@@ -16,7 +16,7 @@ export function Detail({ pool, name, row, members, onClose, onChanged }) {
   const heading = useRef(null);
   useEffect(() => { heading.current?.focus({ preventScroll: window.innerWidth > 800 }); }, []);
   // What the stream's rows do not say is asked for again when its state changes.
-  useEffect(() => { if (data) reload(); }, [row?.kind, row?.reason, row?.adapters.join()]);
+  useEffect(() => { if (data && row) reload(); }, [row?.kind, row?.reason, row?.adapters.join()]);
   const changed = async () => { await Promise.all([reload(), onChanged()]); };
 
   return html`<aside class="card detail" aria-label=${`Replica ${name}`} onKeyDown=${(event) => { if (event.key === "Escape" && !event.defaultPrevented) onClose(); }}>
@@ -27,11 +27,11 @@ export function Detail({ pool, name, row, members, onClose, onChanged }) {
     ${error && html`<${ErrorBox} error=${error} retry=${reload} />`}
     ${data === null
       ? !error && html`<div aria-busy="true"><${Loading} /></div>`
-      : html`<${State} state=${data} row=${row} />
-          ${may("operator") && html`<${Actions} state=${data} path=${path} onChanged=${changed} />`}
+      : html`${row ? html`<${State} state=${data} row=${row} />` : html`<p class="state" role="status"><${Badge}>gone<//> It is no longer in the pool; this is what was known of it.</p>`}
+          ${may("operator") && row && html`<${Actions} state=${data} path=${path} onChanged=${changed} />`}
           <${Figures} state=${data} row=${row} />
-          <${Adapters} state=${data} onChanged=${changed} />
-          <${Facts} state=${data} origin=${originOf(members, pool, name)} />`}
+          ${row && html`<${Adapters} state=${data} onChanged=${changed} />`}
+          <${Facts} state=${data} origin=${row ? originOf(members, pool, name) : []} />`}
   </aside>`;
 }
 

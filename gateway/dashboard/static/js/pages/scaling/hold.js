@@ -17,6 +17,7 @@ export function Hold({ pool, onChanged }) {
   const [busy, setBusy] = useState(false);
   const path = `scaling/${encodeURIComponent(pool.pool)}`;
   const { held } = pool;
+  const likely = Math.max(pool.min, Math.min(pool.ceiling, pool.wanted));
 
   const act = async (work) => {
     setBusy(true);
@@ -39,7 +40,7 @@ export function Hold({ pool, onChanged }) {
   };
   const hold = async (event) => {
     event.preventDefault();
-    const wanted = Number(count ?? held?.count ?? pool.wanted);
+    const wanted = Number(count ?? held?.count ?? likely);
     if (pool.provider !== "none" && wanted < pool.current) {
       const yes = await confirm({
         title: `Hold ${pool.pool} at ${wanted}?`,
@@ -61,7 +62,7 @@ export function Hold({ pool, onChanged }) {
   return html`<section class="hold" aria-label=${`Hold ${pool.pool} at a number`}>
     ${held && html`<p><${Badge} tone="info">held<//> At ${replicas(held.count)} by <span class="told">${held.by}</span>; it ends <${Time} at=${held.until_unix_s} />.</p>`}
     ${may("operator") && html`<form class="inline-form" onSubmit=${hold}>
-      <${Field} label="Hold at" type="number" min=${pool.min} max=${pool.ceiling} step="1" required value=${count ?? held?.count ?? pool.wanted}
+      <${Field} label="Hold at" type="number" min=${pool.min} max=${pool.ceiling} step="1" required value=${count ?? held?.count ?? likely}
         error=${error?.param === "count" ? error.message : null} onInput=${(event) => setCount(event.target.value)} />
       <${Select} label="For" value=${span} onChange=${setSpan} options=${SPANS} error=${error?.param === "for_s" ? error.message : null} />
       <${Button} type="submit" busy=${busy}>Hold<//>

@@ -32,13 +32,15 @@ export function Pool({ pool, onChanged }) {
 function Numbers({ pool }) {
   const { wanted, current } = pool;
   const more = wanted - current;
+  const known = pool.decided_unix_s > 0;
+  const figure = (value) => (known ? number(value) : "–");
   return html`<dl class="scaling-numbers">
-    <div><dt>Wanted</dt><dd>${number(wanted)}</dd></div>
-    <div><dt>There</dt><dd>${number(current)}</dd></div>
-    <div><dt>Ready</dt><dd>${number(pool.ready)}</dd></div>
-    <div><dt>Starting</dt><dd>${number(pool.starting)}</dd></div>
+    <div><dt>Wanted</dt><dd>${figure(wanted)}</dd></div>
+    <div><dt>There</dt><dd>${figure(current)}</dd></div>
+    <div><dt>Ready</dt><dd>${figure(pool.ready)}</dd></div>
+    <div><dt>Starting</dt><dd>${figure(pool.starting)}</dd></div>
     <div class="scaling-word"><dt class="unseen">In a word</dt><dd>
-      ${pool.decided_unix_s === 0 ? html`<${Badge}>nothing decided yet<//>`
+      ${!known ? html`<${Badge}>nothing decided yet<//>`
         : more > 0 ? html`<${Badge} tone="warn">${more} more wanted<//>`
         : more < 0 ? html`<${Badge} tone="info">${-more} fewer would do<//>`
         : html`<${Badge} tone="good">as many as wanted<//>`}</dd></div>
@@ -57,8 +59,8 @@ function Scale({ pool }) {
       <i class="scale-wanted" style=${{ left: at(pool.wanted) }}></i>
     </div>
     <p class="hint">${inWords(pool)}${pool.ceiling < pool.max ? ` The money allows ${pool.ceiling}.` : ""}</p>
-    <p class="hint">A replica is ready ${seconds(pool.lead_time_s)} after its order. ${pool.usd_per_hour
-      ? `What is wanted costs ${dollars(pool.usd_per_hour)} an hour.` : html`What it costs is not known: set <code>usd_per_hour</code>.`}</p>
+    ${pool.decided_unix_s > 0 && html`<p class="hint">A replica is ready ${seconds(pool.lead_time_s)} after its order. ${pool.usd_per_hour
+      ? `What is wanted costs ${dollars(pool.usd_per_hour)} an hour.` : html`What it costs is not known: set <code>usd_per_hour</code>.`}</p>`}
   </div>`;
 }
 
@@ -70,7 +72,7 @@ function Why({ pool }) {
     ${reasons.length === 0 && html`<p class="hint">Nothing has been asked of this pool since the gateway began, or no worker has told of it yet.</p>`}
     <ol class="reasons">${reasons.map((each, place) => html`<li key=${`${each.kind}/${place}`}>
       <span class="reason-wanted">${each.kind === "spill" ? "" : replicas(each.wanted)}</span>
-      <span class="told"><b>${reasonOf(each.kind)}.</b> ${sentence(each.text)}</span></li>`)}</ol>
+      <span class="told"><b>${reasonOf(each.kind)}.</b> ${each.kind === "hold" ? `${each.text}.` : sentence(each.text)}</span></li>`)}</ol>
     ${limit && html`<p><${Badge} tone="info">limited<//> ${limit[0]} ${limit[1] && html`<code>${limit[1]}</code>`}</p>`}
     ${pool.leaving.length > 0 && html`<p>${pool.leaving.map((each) => `${each.replica} ${each.told ? "goes" : "ends what it has, and goes then"}`).join("; ")}.</p>`}
     <p class="hint">${pool.acting ? html`Decided by this gateway <${Time} at=${pool.decided_unix_s || null} />.` : "Another gateway decides for this pool, or none yet; this is what it has said."}</p>

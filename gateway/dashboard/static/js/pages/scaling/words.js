@@ -43,7 +43,8 @@ export const sentence = (text) => (text ? `${text[0].toUpperCase()}${text.slice(
 export const replicas = (count) => `${count.toLocaleString("en-US")} replica${count === 1 ? "" : "s"}`;
 
 /** A pool's numbers in a sentence. */
-export function inWords({ wanted, current, ready, starting, min, max }) {
+export function inWords({ wanted, current, ready, starting, min, max, decided_unix_s }) {
+  if (!decided_unix_s) return `Nothing is decided yet; between ${min} and ${max}.`;
   const parts = [`${wanted} wanted`, `${current} there: ${ready} ready`, `${starting} starting`];
   const unwell = current - ready - starting;
   if (unwell > 0) parts.push(`${unwell} unwell`);
