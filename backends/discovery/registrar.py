@@ -127,13 +127,11 @@ class Registrar:
         self.token = token
         """For the next question; may be changed."""
         self._timeout_s = timeout_s
-        # Reading all certificates takes some 20 ms, which plain HTTP does not need.
-        secure = self.address.startswith("https:")
-        verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=ca_file) if secure else False
+        checking = ssl.create_default_context(cafile=ca_file)
         self._client = httpx2.AsyncClient(
             trust_env=False,
             follow_redirects=False,
-            verify=verify,
+            verify=checking,
             timeout=timeout_s,
             headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "tidegate"},
         )

@@ -93,6 +93,8 @@ async def test_every_route_is_closed_without_the_token(host: str) -> None:
         "/admin/replicas/{pool}/{replica}",
         "/admin/replicas/{pool}/{replica}/drain",
         "/admin/replicas/{pool}/{replica}/undrain",
+        "/admin/replicas/{pool}/{replica}/cordon",
+        "/admin/replicas/{pool}/{replica}/uncordon",
         "/admin/adapters",
         "/admin/adapters/{pool}/{name:path}",
         "/admin/openapi.json",
