@@ -118,6 +118,8 @@ async def test_a_spent_budget(watched: Watched) -> None:
     key = (await watched.rig.admin("POST", "/admin/keys", body)).json()
     watched.rig.keys["poor"] = key["key"]
     begun = time.monotonic()
+    while (await watched.rig.ask("poor")).status_code == 401:  # all workers know a new key within half a second
+        assert time.monotonic() - begun < 5
     answers = [await watched.rig.ask("poor") for _ in range(4)]
     assert answers[-1].status_code == 429, answers[-1].text
     assert answers[-1].json()["error"]["code"] == "insufficient_quota"

@@ -99,6 +99,10 @@ async def test_every_write_leaves_an_entry_that_says_who(tmp_path: Path) -> None
         assert unsafe == {f"{method} {path}" for method, path, _, _ in WRITES} | UNWRITTEN
 
         made = (await ask("POST", "/admin/keys", {"tenant": "acme"})).json()
+        theirs = {"authorization": f"Bearer {made['key']}"}
+        async with asyncio.timeout(20):  # a new key is known within half a second
+            while (await client.get(f"{url}/v1/models", headers=theirs)).status_code == 401:  # noqa: ASYNC110 - it asks
+                await asyncio.sleep(0.02)
         names = {
             "pool": "pool",
             "replica": "pool-0",
