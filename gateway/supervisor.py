@@ -27,6 +27,7 @@ from gateway.admin.app import admin_app
 from gateway.admin.desk import Desk
 from gateway.admission.records import admin_routes, operators_records
 from gateway.config import Settings, require_shared_store
+from gateway.endings import how_it_ended
 from gateway.inspection.door import door_to
 from gateway.listener import Listener, admin_listener, bind_uds, listen
 from gateway.reload import Reloader
@@ -246,7 +247,7 @@ class Supervisor:
         finally:
             slot.writer.close()
             slot.writer = None
-        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        how = how_it_ended(code)
         return f"(pid {slot.process.pid}) {how}"
 
     async def _listen_to(self, slot: _Slot, reader: asyncio.StreamReader) -> None:
@@ -327,10 +328,3 @@ class Supervisor:
 def _short_folder() -> str | None:
     """Where the sockets' folder is made: a socket's path can have about 100 bytes."""
     return None if len(tempfile.gettempdir()) < 60 else "/tmp"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

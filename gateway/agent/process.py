@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.agent.logs import LogReader, moved_aside
+from gateway.endings import how_it_ended
 
 MARK: Final = "TIDEGATE_LAUNCHED"
 """Environment variable by which what is left of a server can be told from everything else."""
@@ -71,9 +72,7 @@ class ServerProcess:
         """Wait until nothing of it is left; how it ended, as the end of a sentence."""
         code = await self._process.wait()
         await asyncio.to_thread(end_marked, self._mark)
-        if code < 0:
-            return f"was ended by {_signal_name(-code)}"
-        return f"ended with exit code {code}"
+        return how_it_ended(code)
 
     def terminate(self) -> None:
         """Ask the server to end (SIGTERM)."""
@@ -110,10 +109,3 @@ def end_marked(mark: str) -> int:
                 os.kill(int(name), signal.SIGKILL)
                 found += 1
     return found
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

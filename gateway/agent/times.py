@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from gateway.whole_files import replace_file
 
 KEPT_STARTS: Final = 20
 
@@ -94,14 +94,7 @@ class StateFile:
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Whole or not at all. Raises `OSError`."""
-        descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-            os.replace(name, self.path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+        replace_file(self.path, json.dumps(content).encode())
 
 
 def put_order(folder: Path, agent: str, what: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from backends.launch.tether import tethered
+from gateway.endings import how_it_ended
 
 
 class Child:
@@ -67,7 +68,7 @@ class Child:
     async def ended(self) -> str:
         """Wait for its end; how it ended, as the end of a sentence."""
         code = await self._process.wait()
-        return f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return how_it_ended(code)
 
     async def stop(self, grace_s: float) -> None:
         """Ask it to end (SIGTERM), and after `grace_s` end it."""
@@ -99,10 +100,3 @@ class Child:
         except OSError:
             return "    (no log)"
         return "\n".join(f"    {line.rstrip()}" for line in last) or "    (its log is empty)"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

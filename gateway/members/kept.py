@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from backends.discovery.member import Member
-from gateway.rollups.kept import write
+from gateway.whole_files import replace_file
 
 logger = logging.getLogger("tidegate")
 
@@ -33,7 +33,7 @@ class _Kept(msgspec.Struct):
 def save(folder: Path, seen: list[Seen]) -> None:
     """Blocks. What cannot be kept is said, and stops nobody."""
     try:
-        write(folder / FILE, msgspec.json.encode(_Kept(seen)))
+        replace_file(folder / FILE, msgspec.json.encode(_Kept(seen)))
     except OSError as error:
         logger.warning("members are not kept over restarts: %s: %s", folder / FILE, error.strerror or error)
 

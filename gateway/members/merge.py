@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from backends.discovery.member import Member
 from backends.discovery.naming import name_of as name_from_address
+from backends.discovery.records import MAX_MEMBERS
 from gateway.config.checks import literal_secrets
 from gateway.config.discovery import MemberDefaults
 from gateway.config.replicas import Replica
@@ -27,8 +28,6 @@ from gateway.config.values import REPLICA_NAME
 
 REGISTRATION, KUBERNETES, FILE, DNS = "registration", "kubernetes", "file", "dns"
 ORDER = (REGISTRATION, KUBERNETES, FILE, DNS)
-MAX_MEMBERS = 4096
-"""Of a pool, as `backends.<name>.replicas`."""
 
 Place = tuple[str, int | None]
 """Normal address and data-parallel rank: what makes two members one replica."""

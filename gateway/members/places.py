@@ -22,6 +22,11 @@ def accepting(backend: Backend) -> Registration | None:
     return given or (Registration() if backend.launch is not None else None)
 
 
+def ttl_of(backend: Backend) -> float:
+    """How long a registration of this pool holds, in seconds."""
+    return (accepting(backend) or Registration()).ttl_s
+
+
 def not_here(member: Member, registration: Registration) -> str:
     """Why a replica may not register with these addresses; empty: it may. Its url is in the normal form."""
     if not may_be_at(member.url, registration):

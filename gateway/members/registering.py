@@ -18,12 +18,13 @@ import msgspec
 from pydantic_core import PydanticCustomError
 
 from backends.discovery.member import Member
+from backends.discovery.records import MAX_MEMBERS
 from gateway.config import Backend, Settings
-from gateway.config.discovery import Discovery, Registration
+from gateway.config.discovery import Discovery
 from gateway.config.urls import normal_url
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.members.merge import MAX_MEMBERS, REGISTRATION, placed
-from gateway.members.places import accepting, not_here
+from gateway.members.merge import REGISTRATION, placed
+from gateway.members.places import accepting, not_here, ttl_of
 from gateway.members.registry import Posted, notice_key
 from gateway.members.service import Members
 from gateway.notices import MEMBER
@@ -120,7 +121,7 @@ class Registrations:
     async def take(self, pool: str, member: Member) -> LeaseAnswer:
         """Begin a registration, or renew it; `member` comes from `checked`."""
         backend = self._backend(pool)
-        ttl_s = (accepting(backend) or Registration()).ttl_s
+        ttl_s = ttl_of(backend)
         posted = Posted(member, ttl_s, secrets.token_hex(6))
         changed = self._members.registry.take_first(pool, member.name, posted, time.monotonic())
         if changed:

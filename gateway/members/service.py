@@ -18,12 +18,12 @@ from typing import Any
 
 from backends.discovery.member import Member, Source
 from gateway.config import Backend, ConfigError, Settings
-from gateway.config.discovery import Discovery, MemberDefaults, Registration
+from gateway.config.discovery import Discovery, MemberDefaults
 from gateway.config.found import Found
 from gateway.members import kept
 from gateway.members.drains import Drains
 from gateway.members.merge import REGISTRATION, Known, Placed, placed
-from gateway.members.places import accepting, not_here
+from gateway.members.places import accepting, not_here, ttl_of
 from gateway.members.registry import Registry
 from gateway.members.sources import sources_of
 from gateway.steering.reading import ConfigReader
@@ -322,9 +322,8 @@ class Members:
             discovery = backend.discovery or Discovery()
             age_s = now_unix_s - seen.told_unix_s
             if seen.source == REGISTRATION:
-                ttl_s = ttl_of(discovery)
                 if age_s < discovery.keep_s:
-                    self.registry.recall(seen.pool, seen.members, ttl_s, now_s)
+                    self.registry.recall(seen.pool, seen.members, ttl_of(backend), now_s)
             elif getattr(discovery, seen.source, None) is not None and age_s < discovery.keep_s:
                 self._told[seen.pool, seen.source] = Told("", tuple(seen.members), seen.told_unix_s)
 
@@ -347,9 +346,3 @@ class Members:
         if (content != before or old) and (content or before is not None):
             self._saved = content, now_unix_s
             await asyncio.to_thread(kept.save, self._state_dir, seen)
-
-
-def ttl_of(discovery: Discovery | None) -> float:
-    """How long a registration of this pool holds, in seconds."""
-    given = None if discovery is None else discovery.registration
-    return (given or Registration()).ttl_s

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -58,21 +57,6 @@ def decode(data: bytes, now_unix_s: float) -> Series:
             if first < start <= now_unix_s and start == level.start_of(start):
                 level.slots[start] = tally
     return series
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace the file by one with this content, for its owner's eyes only. Raises `OSError`. Blocks."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def read(path: Path, now_unix_s: float) -> tuple[Series, str]:

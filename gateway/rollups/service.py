@@ -24,6 +24,7 @@ from gateway.rollups.series import HOUR, Series
 from gateway.rollups.speeds import Slow, Speeds
 from gateway.rollups.tally import Tally, difference, together
 from gateway.sources import Source, ask_all
+from gateway.whole_files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Rollups:
         if path is None or not self._unwritten:
             return
         try:
-            await asyncio.to_thread(kept.write, path, kept.encode(self.series))
+            await asyncio.to_thread(replace_file, path, kept.encode(self.series))
         except OSError as error:
             self._note(f"{path} cannot be written: {error.strerror or error}")
         else:

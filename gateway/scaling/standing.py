@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from gateway.rollups.kept import write
+from gateway.whole_files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -118,4 +118,4 @@ def read_kept(path: Path) -> Kept:
 
 def write_kept(path: Path, data: bytes) -> None:
     """Replace the file. Raises `OSError`. Blocks."""
-    write(path, data)
+    replace_file(path, data)

@@ -10,7 +10,6 @@ import fcntl
 import logging
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from gateway.steering.overrides import Book, rule_for
+from gateway.whole_files import replace_file
 
 logger = logging.getLogger("tidegate")
 
@@ -58,17 +58,7 @@ class OverrideFile:
         """Keep a book in place of what is there, whole or not at all. Raises `FileProblem`."""
         try:
             self._make_folder()
-            descriptor, name = tempfile.mkstemp(prefix=".overrides-", dir=self.path.parent)  # mode 0600
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(msgspec.json.format(msgspec.json.encode(book), indent=1) + b"\n")
-                    file.flush()
-                    os.fsync(descriptor)
-                os.replace(name, self.path)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(name)
-                raise
+            replace_file(self.path, msgspec.json.format(msgspec.json.encode(book), indent=1) + b"\n")
         except OSError as error:
             raise FileProblem(f"{error.filename or self.path}: {error.strerror or error}") from error
 
