@@ -20,7 +20,8 @@ from pathlib import Path
 
 from loadtests.bodies import chat_bodies
 from loadtests.engine import run
-from loadtests.processes import GATEWAY_CORE, LOAD_CORE, free_port, python, running
+from loadtests.ports import free_port
+from loadtests.processes import GATEWAY_CORE, LOAD_CORE, python, running
 from loadtests.report import insert
 from loadtests.requests import Result, load
 

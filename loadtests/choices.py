@@ -29,13 +29,13 @@ from loadtests import report
 from loadtests.choice_clients import CLIENTS
 from loadtests.choice_parsers import CASES, PARSERS, SIZES
 from loadtests.choice_servers import GRANIAN, READY, REPLY, SERVERS, command
+from loadtests.ports import free_port
 from loadtests.processes import (
     GATEWAY_CORE,
     LOAD_CORE,
     ROOT,
     StartFailed,
     cpu_seconds,
-    free_port,
     pinned,
     python,
     running,

@@ -33,6 +33,7 @@ from typing import Any
 
 from loadtests.behaviour import BadBehaviour, Behaviour
 from loadtests.connection import Connection, Request
+from loadtests.ports import free_port
 from loadtests.replies import Call, Json
 from loadtests.served_log import Event, writing_to
 
@@ -121,9 +122,9 @@ class FakeEngine:
         if self.uds is not None:
             self._servers = [await loop.create_unix_server(connect, self.uds)]
             return
+        self._ports = tuple(port or free_port() for port in self._ports)
         for port in self._ports:
             self._servers.append(await loop.create_server(connect, "127.0.0.1", port, backlog=4096))
-        self._ports = tuple(server.sockets[0].getsockname()[1] for server in self._servers)
 
     async def stop(self) -> None:
         """Refuse new connections and drop the open ones."""

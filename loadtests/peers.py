@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadtests.ports import free_port
 from loadtests.processes import (
     GATEWAY_CORE,
     LOAD_CORE,
     START_S,
     StartFailed,
-    free_port,
     pinned,
     python,
     running,

@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from loadtests.pacing import Speed
-from loadtests.processes import GATEWAY_CORE, LOAD_CORE, free_port, python, running
+from loadtests.ports import free_port
+from loadtests.processes import GATEWAY_CORE, LOAD_CORE, python, running
 
 MODEL = "replayed"
 

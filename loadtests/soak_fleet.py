@@ -20,7 +20,8 @@ from typing import Any
 
 import httpx2
 
-from loadtests.processes import ROOT, StartFailed, free_port, python, status
+from loadtests.ports import free_port
+from loadtests.processes import ROOT, StartFailed, python, status
 
 UP_WITHIN_S = 30.0
 LEASE_S = 30.0

@@ -32,7 +32,8 @@ from gateway.record import Attempt, Exchange, Outcome
 from gateway.telemetry.context import TraceContext, new_span_id
 from gateway.telemetry.tracing import Sink, Tracing
 from loadtests.peers import MODEL, Peer, serving, tidegate
-from loadtests.processes import LOAD_CORE, ROOT, cpu_seconds, free_port, pinned, python, running
+from loadtests.ports import free_port
+from loadtests.processes import LOAD_CORE, ROOT, cpu_seconds, pinned, python, running
 
 LIMIT_US = 5.0
 """For a request that is left out."""

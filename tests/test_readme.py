@@ -21,6 +21,7 @@ from backends.launch.tether import tethered
 from gateway.config import load
 from gateway.demo.fleet import MODEL, Ports, gateway_config, token_file
 from gateway.demo.welcome import sdk_example
+from loadtests.ports import free_port
 from tests.llamacpp import LlamaCpp
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +31,6 @@ README = (ROOT / "README.md").read_text()
 def blocks(language: str) -> list[str]:
     """The README's code blocks in one language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import httpx2
 
 from backends.launch.tether import tethered
+from loadtests.ports import free_port
 
 NAME = "tiny"
 """What the engines call their model; the gateway's clients know it by another name."""
@@ -131,7 +131,7 @@ class Replica:
 
 def started(name: str, kind: Kind, folder: Path, sockets: Path, port: int | None = None) -> Replica:
     """Start a replica, which is not ready yet. Whoever starts it kills it."""
-    port = port or _free_port()
+    port = port or free_port()
     log = folder / f"{name}-{time.monotonic_ns()}.log"
     with log.open("wb") as file:
         # A session of its own: its processes share a group that can be ended as one.
@@ -162,13 +162,6 @@ class Metrics:
         series = re.findall(rf"^{re.escape(name)}(\{{[^}}]*\}})? (\S+)$", self.text, re.MULTILINE)
         wanted = [f'{key}="{value}"' for key, value in (labels or {}).items()]
         return int(sum(float(value) for found, value in series if all(pair in found for pair in wanted)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _tail(log: Path, lines: int = 30) -> str:

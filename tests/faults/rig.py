@@ -35,7 +35,8 @@ from typing import Any
 
 import httpx2
 
-from loadtests.processes import ROOT, free_port
+from loadtests.ports import free_port
+from loadtests.processes import ROOT
 from loadtests.served_log import Line, read_log
 from tests.faults.crowd import Answer, Crowd
 from tests.support.command import PATIENCE_S, ServeProcess, clean_environ, serve_process

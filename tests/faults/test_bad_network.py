@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from loadtests.hammer_runs import Finding
-from loadtests.processes import free_port
+from loadtests.ports import free_port
 from tests.faults.conftest import Report
 from tests.faults.forms import seconds
 from tests.faults.rig import completed, rig

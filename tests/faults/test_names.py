@@ -11,7 +11,7 @@ import pytest
 
 from backends.addresses import FRESH_S
 from loadtests.hammer_runs import Finding
-from loadtests.processes import free_port
+from loadtests.ports import free_port
 from tests.faults.conftest import Report
 from tests.faults.crowd import Answer
 from tests.faults.forms import LONG

@@ -19,7 +19,7 @@ from gateway.order import CHAT
 from gateway.state import LocalSource
 from loadtests.engine import FakeEngine
 from loadtests.hammer_runs import Finding
-from loadtests.processes import free_port
+from loadtests.ports import free_port
 from loadtests.rawclient import Reply
 from tests.faults.conftest import Report
 from tests.gateway.test_framing import FORMS

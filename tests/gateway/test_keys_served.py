@@ -15,10 +15,11 @@ import pytest
 
 from gateway.keys.format import mint
 from loadtests.engine import FakeEngine
+from loadtests.ports import free_port
 from tests.support.command import ServeProcess, serve_process, write_config
 from tests.support.keyed_command import ENVIRON, PEPPER, answered, ask, command, http, keyed_sections, until_all
 from tests.support.postgres import Unavailable, running_postgres
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.redis_server import RedisServer
 
 HOLDS_WITHIN_S = 3.0
 """A second on an idle machine."""

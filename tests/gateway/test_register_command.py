@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ import pytest
 
 from gateway import cli
 from loadtests.engine import FakeEngine
+from loadtests.ports import free_port
 from tests.support.command import clean_environ, serve_process
 from tests.support.registrations import StandIn
 
@@ -111,13 +111,6 @@ async def registering(
         await process.wait()
         async with asyncio.timeout(PATIENCE_S):
             await reading
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def engine_command(port: int) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ import pytest
 
 from loadtests import bench, report, syscalls
 from loadtests.peers import PEERS, serving
-from loadtests.processes import StartFailed, cpu_seconds, free_port, rss_mb, running, session_pids
+from loadtests.ports import free_port
+from loadtests.processes import StartFailed, cpu_seconds, rss_mb, running, session_pids
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -26,7 +26,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from gateway.openapi import document
-from loadtests.processes import LOAD_CORE, free_port, python, running
+from loadtests.ports import free_port
+from loadtests.processes import LOAD_CORE, python, running
 from tests.support.command import write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

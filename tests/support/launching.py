@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -86,20 +85,6 @@ async def fleet_up(config: Path, state: Path, gateway: str, *options: str, agent
         await process.wait()
         async with asyncio.timeout(PATIENCE_S):
             await fleet._reading
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on."""
-    for _ in range(100):
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            first = held.enter_context(socket.create_server(("127.0.0.1", 0)))
-            port: int = first.getsockname()[1]
-            if port + count > 65535:
-                continue
-            for further in range(1, count):
-                held.enter_context(socket.create_server(("127.0.0.1", port + further)))
-            return port
-    raise AssertionError(f"no {count} free ports in a row")
 
 
 def launching(port: int, command: Sequence[str] = ENGINE, *, engine: str = "openai", **launch: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import redis
 
-from tests.support.redis_server import WITHIN_S, RedisServer, free_port
+from loadtests.ports import free_port
+from tests.support.redis_server import WITHIN_S, RedisServer
 
 SERVICE = "tidegate-test"
 

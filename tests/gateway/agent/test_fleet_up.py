@@ -13,11 +13,11 @@ from typing import Any
 import httpx2
 import yaml
 
+from loadtests.ports import free_ports
 from tests.support.command import PATIENCE_S, run_tidegate, serve_process
 from tests.support.launching import (
     ENGINE,
     fleet_up,
-    free_ports,
     launching,
     members,
     none_left,

@@ -10,8 +10,9 @@ import httpx2
 import openai
 
 from gateway.demo.preflight import weights
+from loadtests.ports import free_ports
 from tests.support.command import PATIENCE_S, run_tidegate, serve_process
-from tests.support.launching import fleet_up, free_ports, members, none_left, until_members
+from tests.support.launching import fleet_up, members, none_left, until_members
 
 READY = {"box-pool-0": "ready", "box-pool-1": "ready"}
 

@@ -21,14 +21,9 @@ from gateway.demo import run
 from gateway.demo.command import parse
 from gateway.demo.fleet import Ports
 from gateway.demo.welcome import sdk_example
+from loadtests.ports import free_port
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_ports_come_from_the_command_line_before_the_environment() -> None:

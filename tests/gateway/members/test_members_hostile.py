@@ -20,8 +20,9 @@ from gateway.steering.files import OverrideFile
 from gateway.steering.overrides import Book, Override
 from gateway.steering.reading import ConfigReader
 from loadtests.engine import FakeEngine
+from loadtests.ports import free_port
 from tests.gateway.members.test_members_served import CHAT, WITHIN_S, Side, side
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.redis_server import RedisServer
 
 SECRET = "sk-abcdefghijklmnopqrstuvwxyz0123456789"
 

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from loadtests.engine import FakeEngine
+from loadtests.ports import free_port
 from tests.support.command import ServeProcess, serve_process
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.redis_server import RedisServer
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 WITHIN_S = 20.0

@@ -18,8 +18,8 @@ import pytest
 
 from gateway.commands import overview
 from loadtests.engine import FakeEngine
+from loadtests.ports import free_port
 from tests.support.command import PATIENCE_S, ServeProcess, run_tidegate, serve_process
-from tests.support.redis_server import free_port
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 

@@ -15,8 +15,9 @@ import openai
 import pytest
 
 from gateway.demo.preflight import weights
+from loadtests.ports import free_ports
 from tests.support.command import PATIENCE_S, serve_process
-from tests.support.launching import fleet_up, free_ports, none_left, until_members
+from tests.support.launching import fleet_up, none_left, until_members
 
 
 async def until(

@@ -14,8 +14,9 @@ import httpx2
 import pytest
 
 from loadtests.engine import FakeEngine
+from loadtests.ports import free_port
 from tests.support.command import PATIENCE_S, ServeProcess, run_tidegate, serve_process
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.redis_server import RedisServer
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 

@@ -18,9 +18,10 @@ from gateway.store.redis.client import RedisClient
 from gateway.store.redis.library import find_primary
 from gateway.store.redis.link import Refused
 from gateway.store.redis.store import RedisStore
+from loadtests.ports import free_port
 from tests.gateway.store.redis.asking import COUNT, ECHO, until
 from tests.support.redis_sentinel import SERVICE, guarded_redis
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.redis_server import RedisServer
 from tests.support.redis_tls import Certificates, make_certificates
 
 LOOPS = ("asyncio", "uvloop")
