@@ -31,10 +31,8 @@ def read_openai_usage(usage: Mapping[str, Any]) -> Usage | None:
     None when the count of the prompt or of the completion is there and is none: whoever garbles one has reported
     nothing that anybody should be charged for.
     """
-    prompt, completion = (
-        tokens_or_none(usage.get("prompt_tokens", 0)),
-        tokens_or_none(usage.get("completion_tokens", 0)),
-    )
+    prompt = tokens_or_none(usage.get("prompt_tokens"))
+    completion = tokens_or_none(usage.get("completion_tokens"))
     if prompt is None or completion is None:
         return None
     details = usage.get("prompt_tokens_details")
@@ -42,13 +40,16 @@ def read_openai_usage(usage: Mapping[str, Any]) -> Usage | None:
     written = 0
     if isinstance(details, dict):
         cached = known_tokens(details.get("cached_tokens"))
-        written = known_tokens(details.get("cache_write_tokens")) or 0
+        if "cache_write_tokens" in details:
+            written = known_tokens(details["cache_write_tokens"]) or 0
     return Usage(prompt, completion, cached, written)
 
 
 def tokens_or_none(value: Any) -> int | None:
     """Tokens of one answer; 0 for null, as some servers say it, None for what cannot be a count of them."""
-    return 0 if value is None else known_tokens(value)
+    if type(value) is int and 0 <= value <= MAX_TOKENS:
+        return value
+    return 0 if value is None else None
 
 
 def known_tokens(value: Any) -> int | None:

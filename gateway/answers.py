@@ -51,7 +51,10 @@ def write_whole(whole: UpstreamReply, relay: Relay, reply: Reply, exchange: Exch
     if reply.started:
         # The hold ran out and the client is reading a stream; a plain body cannot follow.
         raise StreamInterrupted("The model server answered a streaming request without a stream.")
-    content_type = dict(whole.headers).get(b"content-type", b"application/json")
+    content_type = b"application/json"
+    for name, value in whole.headers:
+        if name == b"content-type":
+            content_type = value
     reply.send(whole.status, reply_headers(exchange, [(b"content-type", content_type)]), whole.body)
 
 

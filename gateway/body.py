@@ -61,22 +61,23 @@ class Body(msgspec.Struct, frozen=True, gc=False):
         """
         if not values:
             return self.raw
-        added: list[bytes] = []
-        replaced: list[tuple[int, int, bytes]] = []
+        raw, spans, position = self.raw, self.spans, self.start
+        pieces = [raw[:position]]
+        replaced: list[tuple[tuple[int, int], bytes]] = []
         for key, value in values.items():
-            span = self.spans.get(key)
+            span = spans.get(key)
             if span is None:
-                added.append(b'"%b":%b' % (key.encode(), value))
+                pieces.append(b'"%b":%b,' % (key.encode(), value))
             else:
-                replaced.append((*span, value))
-        pieces = [self.raw[: self.start], b",".join(added)]
-        if added and self.fields:
-            pieces.append(b",")
-        position = self.start
-        for begin, end, value in sorted(replaced):
-            pieces += (self.raw[position:begin], value)
+                replaced.append((span, value))
+        if not spans:  # nothing follows
+            pieces[-1] = pieces[-1][:-1]
+        if len(replaced) > 1:
+            replaced.sort()
+        for (begin, end), value in replaced:
+            pieces += (raw[position:begin], value)
             position = end
-        pieces.append(self.raw[position:])
+        pieces.append(raw[position:])
         return b"".join(pieces)
 
 
@@ -156,25 +157,24 @@ def _regular_spans(raw: bytes, ranges: Mapping[str, msgspec.Raw]) -> dict[str, t
     comma (Python's default): a repeated key could hide in the spaces' room, so the body is compared with what it must
     be.
     """
-    spare = len(raw) - 1
-    for name, value in ranges.items():
-        spare -= len(name) + len(memoryview(value)) + 4
-    if spare == 0:
-        gap = 0
-    elif spare == 2 * len(ranges) - 1 and raw == b"{%b}" % b", ".join(
-        [b'"%b": %b' % (name.encode(), value) for name, value in ranges.items()]
-    ):
-        gap = 1
-    else:
-        return None
     spans: dict[str, tuple[int, int]] = {}
     position = 1
     for name, value in ranges.items():
-        begin = position + len(name) + 3 + gap
+        begin = position + len(name) + 3
         end = begin + len(memoryview(value))
         spans[name] = (begin, end)
-        position = end + 1 + gap
-    return spans
+        position = end + 1
+    if position == len(raw):
+        return spans
+    if position + 2 * len(spans) - 1 != len(raw) or raw != b"{%b}" % b", ".join(
+        [b'"%b": %b' % (name.encode(), value) for name, value in ranges.items()]
+    ):
+        return None
+    # Each key has two spaces more before its value than the one before, and the first of them one.
+    return {
+        name: (begin + spaces, end + spaces)
+        for (name, (begin, end)), spaces in zip(spans.items(), range(1, 2 * len(spans), 2), strict=True)
+    }
 
 
 def _walk(raw: bytes, ranges: Mapping[str, msgspec.Raw]) -> tuple[int, dict[str, tuple[int, int]]]:

@@ -240,7 +240,7 @@ def build_fleet(
             hot=_hot(pools[model.backend], old),
         )
         if isinstance(route.router, Router):
-            route.router.index_for_others = route.shadow is not None and route.shadow.wants_prefix
+            route.router.index_for_others(route.shadow is not None and route.shadow.wants_prefix)
         for key in (name, *model.aliases):
             models[key] = route
     _take_stock(pools, known)

@@ -139,13 +139,19 @@ class Metrics:
                 and not exchange.usage_estimated
             ):
                 counts.tpot.observe((ended_at - came_at) / (completion_tokens - 1))
-        if exchange.replica:
-            self._at_replica(exchange, counts)
-        elif used is not None:
-            self._add_use(counts.own, exchange)
+        use = self._at_replica(exchange, counts) if exchange.replica else counts.own
+        if used is None:
+            return
+        use.prompt_tokens += used.prompt_tokens
+        if used.cached_tokens is not None:
+            use.told_prompt_tokens += used.prompt_tokens
+            use.cached_tokens += used.cached_tokens
+        use.completion_tokens += used.completion_tokens
+        if exchange.cost_usd is not None:
+            use.cost_usd += exchange.cost_usd
 
-    def _at_replica(self, exchange: Exchange, counts: ModelCounts) -> None:
-        """Count what a replica was asked for, and what it has used."""
+    def _at_replica(self, exchange: Exchange, counts: ModelCounts) -> _Use:
+        """Count what a replica was asked for; where what it has used is to be counted."""
         tried = (exchange.pool, exchange.replica)
         attempts = exchange.attempts
         self._attempts[tried] = self._attempts.get(tried, 0) + attempts
@@ -157,28 +163,16 @@ class Metrics:
             _count_failover(exchange, counts.failovers)
         used = exchange.usage
         if used is None:
-            return
-        use = counts.own
-        if tried in self.rented:
-            use = counts.rented = counts.rented or _Use()
-        self._add_use(use, exchange)
+            return counts.own
         cached = used.cached_tokens
         if cached is not None:
             predicted, reported, prompt = self._cached.get(tried, (0, 0, 0))
             predicted += exchange.predicted_cached_tokens
             self._cached[tried] = (predicted, reported + cached, prompt + used.prompt_tokens)
-
-    @staticmethod
-    def _add_use(use: _Use, exchange: Exchange) -> None:
-        used = exchange.usage
-        assert used is not None
-        use.prompt_tokens += used.prompt_tokens
-        if used.cached_tokens is not None:
-            use.told_prompt_tokens += used.prompt_tokens
-            use.cached_tokens += used.cached_tokens
-        use.completion_tokens += used.completion_tokens
-        if exchange.cost_usd is not None:
-            use.cost_usd += exchange.cost_usd
+        if tried not in self.rented:
+            return counts.own
+        counts.rented = counts.rented or _Use()
+        return counts.rented
 
     @property
     def requests(self) -> Mapping[tuple[str, str, str], int]:

@@ -29,12 +29,19 @@ if TYPE_CHECKING:
 CHAT, COMPLETIONS, EMBEDDINGS = protocol.CHAT, protocol.COMPLETIONS, protocol.EMBEDDINGS
 INFERENCE_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
 
-STANDARD = "standard"
-"""Priority class of requests without a key."""
 MAX_REGIONS = 100
 """That one request may name."""
+_SELDOM = frozenset({"n", "best_of", "prompt", "service_tier"})
+"""Fields of which most requests have none: those of `asked_choices`, and the one that changes the class."""
 PASSED_ON = frozenset({b"traceparent", b"tracestate"})
 """The client headers that reach an upstream. Anything else, credentials above all, does not."""
+_HEADERS = PASSED_ON | {
+    b"x-tidegate-region",
+    b"x-tidegate-deadline-ms",
+    b"x-tidegate-class",
+    b"x-stainless-read-timeout",
+}
+"""Those, and the ones that `read_order` understands."""
 
 
 class Call(msgspec.Struct, frozen=True, gc=False):
@@ -86,7 +93,7 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
         body = parse(body.with_values({"lora_path": b"null"}))  # no name or path of a client's reaches an engine
         fields = body.fields
     route.pool.rules.check(call.path, body)
-    stream = _flag(fields, "stream") and call.path != EMBEDDINGS
+    stream = "stream" in fields and _flag(fields, "stream") and call.path != EMBEDDINGS
     regions: tuple[str, ...] = ()
     key = caller.key
     total_s = route.timing.total_s
@@ -96,6 +103,8 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
     read_timeout_s: float | None = None
     passed_on: list[tuple[bytes, bytes]] = []
     for name, value in call.headers:
+        if name not in _HEADERS:
+            continue
         if name in PASSED_ON:
             passed_on.append((name, value))
         elif name == b"x-tidegate-region":
@@ -110,7 +119,8 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
             read_timeout_s = _read_timeout_s(value)
     if key is not None and key.regions:
         regions = allowed_regions(caller, regions)
-    tier = fields.get("service_tier")
+    plain = _SELDOM.isdisjoint(fields)
+    tier = None if plain else fields.get("service_tier")
     max_output_tokens = _max_tokens(call.path, fields, key)
     request = InferenceRequest(
         id=request_id,
@@ -121,25 +131,29 @@ def read_order(call: Call, fleet: Fleet, request_id: str, caller: Principal) -> 
         max_output_tokens=max_output_tokens,
         regions=regions,
     )
-    band = band_of(STANDARD if key is None else key.priority_class, tier, asked_class)
+    band = Band.STANDARD
+    if key is not None or tier is not None or asked_class is not None:
+        band = band_of(None if key is None else key.priority_class, tier, asked_class)
     request.priority = band
     request.ms_per_usd = route.ms_per_usd[band]
     if route.router.wants_prefix:
         request.session = session_of(fields, call.headers, caller.tenant.name)
-    options = fields.get("stream_options")
-    hide_usage = stream and not (isinstance(options, dict) and options.get("include_usage") is True)
+    hide_usage = False
+    if stream:
+        options = fields.get("stream_options")
+        hide_usage = not (isinstance(options, dict) and options.get("include_usage") is True)
     return Order(
         call.path,
         request,
         route,
         body,
-        asked_choices(call.path, fields),
+        1 if plain else asked_choices(call.path, fields),
         hide_usage,
         total_s,
         passed_on,
         band,
         None if key is None and band is Band.STANDARD else urgency(band),
-        waits_long(tier),
+        tier is not None and waits_long(tier),
         read_timeout_s,
         _user(fields),
     )

@@ -76,8 +76,9 @@ class PromptReader:
         if passes_over_cache(fields):
             self.measure(request)
             return
+        seed = self.seed(request.adapter, tenant if self.isolates else None)
         if self.exact is not None:
-            prefix = self.exact.prefix(self._model, path, fields, self.seed(request.adapter, self._scope(tenant)))
+            prefix = self.exact.prefix(self._model, path, fields, seed)
             if prefix is not None:
                 request.prefix, request.prompt_tokens = prefix, prefix.total
                 return
@@ -87,7 +88,7 @@ class PromptReader:
             size += len(part)
         tokens = int(size * self._tokens / self._bytes) + 1
         request.prompt_tokens = tokens
-        request.prefix = text_prefix(parts, self.seed(request.adapter, self._scope(tenant)), tokens)
+        request.prefix = text_prefix(parts, seed, tokens)
 
     def takes_long(self, request: InferenceRequest) -> bool:
         """Whether `read` would hold up the event loop: a thread should do it."""
@@ -105,17 +106,15 @@ class PromptReader:
 
     def learn(self, request: InferenceRequest, prompt_tokens: int) -> None:
         """The engine has counted this prompt."""
-        size = request.prompt_bytes if request.prefix is None else request.prefix.total
-        if request.prefix is not None and request.prefix.unit_tokens == 1.0:
+        prefix = request.prefix
+        if prefix is not None and prefix.unit_tokens == 1.0:
             return  # in tokens already
+        size = request.prompt_bytes if prefix is None else prefix.total
         if prompt_tokens > 0 and _LOWEST * size <= prompt_tokens <= _HIGHEST * size:
             # One prompt of megabytes, of digits say, must not set the measure for the next hundred of all tenants.
             weight = 1.0 if size <= _MOST_BYTES else _MOST_BYTES / size
             self._bytes = self._bytes * _FADE + size * weight
             self._tokens = self._tokens * _FADE + prompt_tokens * weight
-
-    def _scope(self, tenant: str) -> str | None:
-        return tenant if self.isolates else None
 
     def seed(self, adapter: str | None, scope: str | None) -> int:
         """What the keys of such prompts begin with."""

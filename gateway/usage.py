@@ -30,7 +30,7 @@ def from_stream(exchange: Exchange, reader: StreamReader) -> None:
 
 def parsed(body: bytes) -> Any:
     """The body as a tree, when it is small enough to be parsed for a few numbers; else, or when it is no JSON, None."""
-    return _json(body) if parses(body) else None
+    return _json(body) if len(body) <= _PARSE_WHOLE_BYTES else None
 
 
 def parses(body: bytes) -> bool:

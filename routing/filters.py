@@ -42,7 +42,7 @@ def exclusion_reason(request: InferenceRequest, replica: Replica, now: float, tr
     reason = replica.unavailable_reason(now)
     if now < replica.paused_until and reason not in _GRAVER and replica.limited_until(request.model, now):
         return RATE_LIMITED
-    if reason is None and not fits(request, replica):
+    if reason is None and replica.context_tokens is not None and not fits(request, replica):
         return TOO_LONG
     return reason
 

@@ -52,6 +52,7 @@ class Fit:
         "_t2",
         "_trend",
         "base",
+        "calm",
         "count",
         "highest_slope",
         "lowest_slope",
@@ -81,20 +82,17 @@ class Fit:
         self.second_limit, self.usual_second, self.spread = second_limit, usual_second, spread
         self._gain = 1.0
         self._trend = 0.0
+        self.calm = True
+        """Read only. Whether what was observed lately was much as expected."""
         self._s00 = self._s01 = self._s02 = self._s11 = self._s12 = self._s22 = 0.0
         self._t0 = self._t1 = self._t2 = 0.0
-
-    @property
-    def calm(self) -> bool:
-        """Whether what was observed lately was much as expected."""
-        return -CALM < self._trend < CALM
 
     def expected(self, x1: float, x2: float) -> float:
         return self.base + self.slope * x1 + self.second * x2
 
     def learn(self, y: float, x1: float, x2: float, weight: float = 1.0) -> None:
         """`y` was observed where the features, finite and not negative, were `x1` and `x2`."""
-        y = min(max(_SMALLEST, y), _LARGEST)  # in this order a NaN becomes the smallest too
+        y = _LARGEST if y > _LARGEST else y if y > _SMALLEST else _SMALLEST  # which a NaN becomes too
         expected = self.base + self.slope * x1 + self.second * x2
         if self.count == 0:
             self.scale(y / expected)
@@ -113,8 +111,10 @@ class Fit:
         self._t0 += w * y
         self._t1 += w1 * y
         self._t2 += w2 * y
-        for _ in range(4 if self.count < SWEEP_ALL else 1):
-            self._sweep()
+        self._sweep()
+        if self.count < SWEEP_ALL:
+            for _ in range(3):
+                self._sweep()
         if gain > _RENORMALISE:
             self._renormalise()
 
@@ -132,6 +132,7 @@ class Fit:
     def _follow(self, y: float, expected: float) -> None:
         miss = min(1.0, y / expected - 1.0) if y > expected else max(-1.0, 1.0 - expected / y)
         trend = self._trend = TREND_MEMORY * self._trend + (1.0 - TREND_MEMORY) * miss
+        self.calm = -CALM < trend < CALM
         if trend > TREND_LIMIT or trend < -TREND_LIMIT:
             self._gain *= HURRY
 
@@ -146,7 +147,8 @@ class Fit:
         if self._s22 > 0.0:
             second = (self._t2 - self._s02 * base - self._s12 * slope) / self._s22
             if self.spread:
-                told = self._s22 / self._gain * (self.spread * slope) ** 2 / NOISE
+                spread = self.spread * slope
+                told = self._s22 / self._gain * spread * spread / NOISE
                 second = (second * told + self.usual_second * slope) / (1.0 + told)
             limit = self.second_limit * slope
             self.second = 0.0 if second < 0.0 else limit if second > limit else second

@@ -138,16 +138,17 @@ class PrefixIndex:
         reaches = prefix.reaches
         for place, (digest, end) in enumerate(prefix.tails):
             before = bisect_right(ends, end)
+            reach = end if reaches is None else reaches[place]
             if before:
                 # Who holds the tail holds the checkpoints before it.
                 least = ends[before - 1]
-                holders = [slot for slot, match in found.items() if match >= least and digest in held[slot]]
+                for slot, match in found.items():
+                    if least <= match < reach and digest in held[slot]:
+                        found[slot] = reach
             else:
-                holders = [slot for slot, keys in enumerate(held) if digest in keys]
-            reach = end if reaches is None else reaches[place]
-            for slot in holders:
-                if found.get(slot, 0) < reach:
-                    found[slot] = reach
+                for slot, keys in enumerate(held):
+                    if digest in keys and found.get(slot, 0) < reach:
+                        found[slot] = reach
         return found
 
     def _walk(

@@ -55,6 +55,8 @@ def checkpoints(most: int = MAX_BLOCKS) -> list[int]:
 _BLOCKS = checkpoints()
 _TEXT_ENDS = [block * BLOCK_BYTES for block in _BLOCKS]
 _TOKEN_ENDS = [block * BLOCK_TOKENS for block in _BLOCKS]
+_TEXT_ENDS_UP_TO = [_TEXT_ENDS[:count] for count in range(len(_TEXT_ENDS) + 1)]
+"""The first so many of them: prompts share these lists, which nobody changes."""
 _TEXT_SLICES = [slice(begin, end) for begin, end in pairwise([0, *_TEXT_ENDS])]
 _TOKEN_SLICES = [slice(4 * begin, 4 * end) for begin, end in pairwise([0, *_TOKEN_ENDS])]
 
@@ -94,7 +96,7 @@ def text_prefix(parts: Sequence[bytes], seed: int, tokens: int) -> Prefix:
     if not total:
         return Prefix([], [], 0, [])
     count = bisect_right(_TEXT_ENDS, total)
-    ends = _TEXT_ENDS[:count]
+    ends = _TEXT_ENDS_UP_TO[count]
     digests: list[Digest] = []
     digest = seed
     for piece in _TEXT_SLICES[:count]:
@@ -107,9 +109,11 @@ def text_prefix(parts: Sequence[bytes], seed: int, tokens: int) -> Prefix:
     tails = [(digest, total)]
     if len(parts) < 2:
         return Prefix(digests, ends, total, tails, tokens / total)
-    turns = _turns(parts, total)
-    tails += [(_digest_at(text, end, 1, seed, ends, digests), end) for end, _ in turns]
-    return Prefix(digests, ends, total, tails, tokens / total, [total, *(reach for _, reach in turns)])
+    reaches = [total]
+    for end, reach in _turns(parts, total):
+        tails.append((_digest_at(text, end, 1, seed, ends, digests), end))
+        reaches.append(reach)
+    return Prefix(digests, ends, total, tails, tokens / total, reaches)
 
 
 def token_prefix(tokens: Sequence[int] | bytes, seed: int, turns: Sequence[int] = ()) -> Prefix:

@@ -153,31 +153,27 @@ class Learned:
             self.tokens_ms += self._tokens * passed_ms
             self._at = self.touched_at = now
         work = self.replica.work
-        self._running, self._tokens = max(0, work.running), max(0, work.running_tokens)
+        running, tokens = work.running, work.running_tokens
+        self._running = running if running > 0 else 0
+        self._tokens = tokens if tokens > 0 else 0
 
     def learn_ttft(self, flight: Flight, observed_ms: float, uncached: float, weight: float) -> None:
-        replica = self.replica
-        if replica.load is not None and replica.load.observed_at != self._report_at:
-            self._read_report(replica.load)
         tokens = max(0, flight.queued_tokens) + uncached
-        batch = self._batch(flight)
+        rest = self._rest_ms(flight, tokens)
+        self._learn_ttft(observed_ms, rest, tokens, uncached * (flight.tokens - 0.5 * uncached), uncached, weight)
+
+    def _learn_ttft(
+        self, observed_ms: float, rest_ms: float, tokens: float, second: float, uncached: float, weight: float
+    ) -> None:
+        """`rest_ms`: see there. `tokens` and `second`: the features of the fit."""
+        load = self.replica.load
+        if load is not None and load.observed_at != self._report_at:
+            self._read_report(load)
         # At least a third is left for what this fit is about: the batch's part is an estimate itself.
-        rest = batch + (self._step_ms() + batch) * tokens / replica.speed.chunk
         most = 0.67 * observed_ms
         fit = self.ttft
-        fit.learn(
-            observed_ms - (rest if rest < most else most),
-            tokens,
-            uncached * (flight.tokens - 0.5 * uncached),
-            weight,
-        )
+        fit.learn(observed_ms - (rest_ms if rest_ms < most else most), tokens, second, weight)
         self.uncached += (uncached - self.uncached) / (fit.count if fit.count < 20 else 20)
-
-    def expected_ttft(self, flight: Flight, uncached: float) -> float:
-        tokens = max(0, flight.queued_tokens) + uncached
-        batch = self._batch(flight)
-        own = self.ttft.expected(tokens, uncached * (flight.tokens - 0.5 * uncached))
-        return own + batch + (self._step_ms() + batch) * tokens / self.replica.speed.chunk
 
     def prefill_of(self, flight: Flight, uncached: float) -> float:
         fit = self.ttft
@@ -200,9 +196,11 @@ class Learned:
             return
         running = max(1, flight.running)
         step = self.step.expected(running, flight.running_tokens)
-        ttft = self.expected_ttft(flight, uncached)
+        tokens, second = max(0, flight.queued_tokens) + uncached, uncached * (flight.tokens - 0.5 * uncached)
+        rest = self._rest_ms(flight, tokens)
+        ttft = self.ttft.expected(tokens, second) + rest
         ratio = total_ms / (ttft + (output_tokens - 1) * step)
-        self.learn_ttft(flight, ttft * ratio, uncached, WHOLE_WEIGHT)
+        self._learn_ttft(ttft * ratio, rest, tokens, second, uncached, WHOLE_WEIGHT)
         self.step.learn(step * ratio, running, flight.running_tokens, WHOLE_WEIGHT)
 
     def publish(self, usual: Usual | None) -> None:
@@ -263,11 +261,12 @@ class Learned:
         base = self.step.base
         return base if self.step.count or not self.ttft.count or base < self.ttft.base else self.ttft.base
 
-    def _batch(self, flight: Flight) -> float:
-        step = self.step
-        if flight.running <= 0:
-            return 0.0
-        return step.slope * flight.running + step.second * max(0, flight.running_tokens)
+    def _rest_ms(self, flight: Flight, tokens: float) -> float:
+        """Of a time to first token, what the batch that runs meanwhile adds while so many tokens are computed."""
+        step, batch = self.step, 0.0
+        if flight.running > 0:
+            batch = step.slope * flight.running + step.second * max(0, flight.running_tokens)
+        return batch + (self._step_ms() + batch) * tokens / self.replica.speed.chunk
 
     def _read_report(self, load: Load) -> None:
         self._report_at = load.observed_at

@@ -12,7 +12,7 @@ the pool. Everything here is plain synchronous code; `now` is an argument, in se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
@@ -181,20 +181,19 @@ class Router:
         policies that do not know what loading costs. `quiet`: for decisions that nobody acts on, so that nothing of
         the pool's state is touched."""
         self.chooser = chooser
+        self.wants_prefix = chooser.wants_prefix
         self.state = state or PoolState()
         self._rng = rng or Random()
         self.stay_where_loaded = stay_where_loaded
         self._quiet = quiet
-        self.index_for_others = False
-        """Somebody beside the policy needs to know what is cached where (`routing.shadow`)."""
 
     @property
     def name(self) -> str:
         return self.chooser.name
 
-    @property
-    def wants_prefix(self) -> bool:
-        return self.chooser.wants_prefix or self.index_for_others
+    def index_for_others(self, needed: bool) -> None:
+        """Whether somebody beside the policy needs to know what is cached where (`routing.shadow`)."""
+        self.wants_prefix = self.chooser.wants_prefix or needed
 
     def decide(
         self,
@@ -214,7 +213,7 @@ class Router:
         if not self._quiet:
             self.state.calibration.pool = replicas
         chosen = self.chooser(request, candidates, view)
-        if forced in (OVER_CAPACITY, NO_SLOT):
+        if forced and forced in (OVER_CAPACITY, NO_SLOT):
             excluded = [each for each in excluded if each.replica is not chosen]
         return Decision(
             chosen,
@@ -222,6 +221,7 @@ class Router:
             excluded,
             view.matches.get(chosen, 0),
             view.predicted_ttft_ms,
+            view.output_tokens,
         )
 
     def fits(
@@ -233,13 +233,12 @@ class Router:
     def view(self, request: InferenceRequest, now: float) -> View:
         """What the policy may look at for this request."""
         state = self.state
-        matches: Mapping[Replica, int] = {}
+        matches: dict[Replica, int] = {}
         prefix = request.prefix
         if prefix is not None and self.chooser.wants_prefix:
-            units = state.index.match(prefix)
-            if units:
-                by_slot, scale = state.by_slot, prefix.unit_tokens
-                matches = {by_slot[slot]: int(count * scale) for slot, count in units.items()}
+            by_slot, scale = state.by_slot, prefix.unit_tokens
+            for slot, count in state.index.match(prefix).items():
+                matches[by_slot[slot]] = int(count * scale)
         session = None if request.session is None else state.sessions.get(request.session)
         return View(now, self._rng, matches, state.calibration.output_tokens(request), session)
 
@@ -249,7 +248,8 @@ class Router:
         state = self.state
         work = replica.work
         prefix = request.prefix
-        if (request.id, replica) in state.flights:  # somebody forgot to say how it ended
+        key = (request.id, replica)
+        if key in state.flights:  # somebody forgot to say how it ended
             self._land(request, replica, now)
         new: Sequence[Digest] = ()
         cached = 0
@@ -267,16 +267,18 @@ class Router:
                 if told:
                     state.on_change(Change(replica, told, index.weights(slot, told)))
         tokens = request.prompt_tokens
-        uncached = max(0, tokens - cached)
+        if cached > tokens:
+            cached = tokens
         ahead = work.queued_tokens
         if work.queued > 0:  # of the first one in the queue a part is done already
             done = (now - work.since) * 1000.0 / replica.speed.prefill_ms
             ahead -= int(max(0.0, min(done, 0.9 * ahead / work.queued)))
-        state.flights[request.id, replica] = Flight(
+        output_tokens = None if decision is None else decision.output_tokens
+        state.flights[key] = Flight(
             replica,
             tokens,
-            min(cached, tokens),
-            state.calibration.output_tokens(request),
+            cached,
+            state.calibration.output_tokens(request) if output_tokens is None else output_tokens,
             now,
             new,
             ahead,
@@ -284,7 +286,7 @@ class Router:
             work.running_tokens,
             None if decision is None else decision.predicted_ttft_ms,
         )
-        work.queue(uncached, now)
+        work.queue(tokens - cached, now)
         if request.session is not None and not replica.retired:
             state.note_session(request.session, replica)
         if request.adapter is not None:

@@ -142,7 +142,9 @@ class Replica:
             return "full"
         if self.credential is not None and now < self.credential.until:
             return "credential_refused"
-        reason = self.health.unavailable_reason(now)
+        health = self.health
+        # What its question would answer first, without the call: this runs for every replica and request.
+        reason = None if health.calm and now >= health.cooldown.until else health.unavailable_reason(now)
         if reason is None and self.ceiling is not None and self.in_flight >= self.ceiling:
             return "full"
         return reason
@@ -183,7 +185,9 @@ class Reservation:
         replica.in_flight += 1
         replica.in_flight_bytes += self._prompt_bytes
         replica.streams += self._stream
-        self._trial = replica.health.enter_trial()
+        health = replica.health
+        if not health.calm:
+            self._trial = health.enter_trial()
 
     def __exit__(self, *_: object) -> None:
         replica = self._replica
@@ -214,6 +218,8 @@ class Decision:
     """Prompt tokens that the replica is believed to hold."""
     predicted_ttft_ms: float | None = None
     """From dispatch to first token, as far as the policy predicts it."""
+    output_tokens: float | None = None
+    """Tokens that the answer is expected to have; None where nobody has asked."""
 
 
 @dataclass(slots=True)

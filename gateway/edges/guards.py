@@ -20,10 +20,20 @@ _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?",
 """RFC 9110 §7.2. Anything else (`a/x?y=`) has made others see another URL than the one that was checked."""
 
 
-def head_problem(
+CHUNKED = -1
+"""The length of a body that comes in chunks."""
+
+
+_CHECKED = frozenset(
+    {b"host", b"content-length", b"authorization", b"transfer-encoding", b"content-encoding", b"origin"}
+)
+
+
+def check_head(
     version: str, target: bytes, headers: list[tuple[bytes, bytes]], limits: Server, names: HostList | None = None
-) -> GatewayError | None:
-    """What is wrong with a request head beyond its syntax; None when nothing is. `names`: those that it may ask for.
+) -> int | GatewayError:
+    """The length that the body is to have, or `CHUNKED`; or what is wrong with a request head beyond its syntax.
+    `names`: those that it may ask for.
 
     Two of these headers mean that somebody in front of us may read the request differently, which is how requests are
     smuggled (RFC 9112 §11.2); there is no harmless reading of them.
@@ -31,10 +41,12 @@ def head_problem(
     if version not in ("1.1", "1.0"):
         return _problem(400, "This server speaks HTTP/1.1.", "unsupported_version")
     size = len(target)
-    hosts = authorizations = lengths = encodings = 0
+    hosts = authorizations = lengths = encodings = length = 0
     foreign: GatewayError | None = None
     for name, value in headers:
         size += len(name) + len(value) + 4
+        if name not in _CHECKED:
+            continue
         if name == b"host":
             hosts += 1
             if names is not None and value in names.seen:
@@ -43,10 +55,11 @@ def head_problem(
                 return _problem(400, "The Host header is not a host name with an optional port.", "invalid_host")
             if names is not None:
                 foreign = foreign or names.host_problem(value)
-        elif name == b"authorization":
-            authorizations += 1
         elif name == b"content-length":
             lengths += 1
+            length = int(value)
+        elif name == b"authorization":
+            authorizations += 1
         elif name == b"transfer-encoding":
             encodings += 1
             if value.lower() != b"chunked" or version != "1.1":
@@ -65,7 +78,9 @@ def head_problem(
         return _problem(400, "A request must not have two Authorization headers.", "duplicate_authorization")
     if lengths > 1 or encodings > 1 or (lengths and encodings):
         return _problem(400, "Content-Length must come once, and not beside Transfer-Encoding.", "invalid_framing")
-    return foreign
+    if foreign is not None:
+        return foreign
+    return CHUNKED if encodings else length
 
 
 def _problem(status: int, message: str, code: str) -> InvalidRequest:

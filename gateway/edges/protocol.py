@@ -15,14 +15,14 @@ import asyncio
 import time
 from collections import deque
 from math import inf
-from typing import Any
+from typing import Any, NoReturn
 
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from gateway.edges.guards import head_problem, refusal_bytes
+from gateway.edges.guards import CHUNKED, check_head, refusal_bytes
 from gateway.edges.socket_reply import SocketReply
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, Overloaded, RequestTimeout
 from gateway.exchange import serve
@@ -230,21 +230,20 @@ class GatewayProtocol(HttpToolsProtocol):
         self._in_head = False
         self._advanced = True
         version = self.parser.get_http_version()
-        problem = head_problem(version, self.url, self.headers, self.limits, self.runtime.hosts)
-        if problem is not None:
-            self._stop(problem)
+        length = check_head(version, self.url, self.headers, self.limits, self.runtime.hosts)
+        if isinstance(length, GatewayError):
+            self._stop(length)
         if self.parser.should_upgrade():
             self._stop(InvalidRequest("Protocol upgrades are not served here.", code="upgrade_refused"))
-        length = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         if length > self.limits.max_body_bytes:
             self._stop(self._body_too_large())
         if len(self._open) > _MAX_PIPELINED:
             self._stop(InvalidRequest("Too many pipelined requests.", code="too_many_requests"))
-        chunked = length == 0 and any(name == b"transfer-encoding" for name, _ in self.headers)
-        large = chunked or length > _FIRST_TAKE_BYTES
+        large = length == CHUNKED or length > _FIRST_TAKE_BYTES
         if large or (length and self.runtime.body_budget.scarce):
             self._know_who_sends_it(large)
-        self._take_budget(min(length, _FIRST_TAKE_BYTES))
+        if length > 0:
+            self._take_budget(min(length, _FIRST_TAKE_BYTES))
         self.expires_at = time.monotonic() + self.limits.body_timeout_s
         path = _HOT_PATHS.get(self.url)
         hot = self._hot or version == "1.0"  # to which uvicorn would send chunks
@@ -313,6 +312,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if reply is None:
             super().on_message_complete()
             if self._answered_early:
+                self._release_budget()
                 self._rest()
             return
         body = reply.body[0] if len(reply.body) == 1 else b"".join(reply.body)
@@ -331,7 +331,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
@@ -345,7 +346,6 @@ class GatewayProtocol(HttpToolsProtocol):
     def _rest(self) -> None:
         """Nothing is under way: wait for the next request."""
         self._idle = True
-        self._release_budget()
         self.expires_at = time.monotonic() + self.limits.keep_alive_s
 
     # Refusals below the API.
@@ -353,7 +353,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg, code="invalid_http"))
 
-    def _stop(self, problem: GatewayError) -> None:
+    def _stop(self, problem: GatewayError) -> NoReturn:
         self._refusal = problem
         raise _Refused
 
@@ -381,7 +381,7 @@ class GatewayProtocol(HttpToolsProtocol):
         return first.task is not None if isinstance(first, SocketReply) else not first.more_body
 
     def _take_budget(self, size_bytes: int) -> None:
-        if size_bytes and not self.runtime.body_budget.take(size_bytes):
+        if not self.runtime.body_budget.take(size_bytes):
             self._stop(Overloaded("This gateway holds as many request bytes as it can.", retry_after_s=1.0))
         self._budget_bytes += size_bytes
         self._body_budget_bytes += size_bytes

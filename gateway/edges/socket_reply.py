@@ -19,7 +19,12 @@ _JOIN_LIMIT_BYTES = 65_536
 class _Unused:
     """uvicorn sets an event on the current cycle when the client goes; replies need none."""
 
+    __slots__ = ()
+
     def set(self) -> None: ...
+
+
+_UNUSED = _Unused()
 
 
 class ClientConnection(Protocol):
@@ -61,7 +66,7 @@ class SocketReply:
         self.disconnected = False
         self.headers = protocol.headers
         self.keep_alive = keep_alive
-        self.message_event = _Unused()
+        self.message_event = _UNUSED
         self.on_pause: Callable[[bool], None] | None = None
         self.response_complete = False
         self.started = False
@@ -118,14 +123,14 @@ class SocketReply:
         runtime = protocol.runtime
         if runtime.draining or runtime.overload.closing:
             self.keep_alive = False
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        lines += [b"%b: %b\r\n" % header for header in protocol.server_state.default_headers]
-        return b"%b%b%b%b\r\n" % (
-            STATUS_LINE[status],
-            b"".join(lines),
-            framing,
-            b"" if self.keep_alive else b"connection: close\r\n",
-        )
+        pieces = [STATUS_LINE[status]]
+        for name, value in headers:
+            pieces += (name, b": ", value, b"\r\n")
+        for name, value in protocol.server_state.default_headers:
+            pieces += (name, b": ", value, b"\r\n")
+        pieces.append(framing)
+        pieces.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        return b"".join(pieces)
 
     def _complete(self) -> None:
         self.response_complete = True

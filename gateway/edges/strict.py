@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from gateway.config import Server
-from gateway.edges.guards import head_problem
+from gateway.edges.guards import check_head
 from gateway.errors import GatewayError, InvalidRequest
 
 
@@ -45,7 +45,8 @@ class StrictProtocol(HttpToolsProtocol):
         return bool(self.pipeline) or not getattr(self.cycle, "response_complete", True)
 
     def on_headers_complete(self) -> None:
-        self._problem = head_problem(self.parser.get_http_version(), self.url, self.headers, self._limits)
+        found = check_head(self.parser.get_http_version(), self.url, self.headers, self._limits)
+        self._problem = found if isinstance(found, GatewayError) else None
         if self._problem is None and self.parser.should_upgrade():
             self._problem = InvalidRequest("Protocol upgrades are not served here.", code="upgrade_refused")
         if self._problem is not None:

@@ -9,12 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from backends.usage import Usage
 from gateway import ledger as ledger_module
 from gateway.ledger import KEPT_IN_MEMORY, Ledger, as_record
 from gateway.record import Exchange, Outcome
+from gateway.request_log import line_of
 
 
 def exchange(number: int = 1) -> Exchange:
@@ -34,6 +36,27 @@ def test_a_record_is_flat_and_says_how_it_went() -> None:
     assert (record["prompt_tokens"], record["completion_tokens"], record["cached_tokens"]) == (7, 3, 4)
     assert (record["ttft_ms"], record["duration_ms"], record["cost_usd"]) == (250.0, 2500.0, 0.5)
     assert all(value is None or isinstance(value, str | int | float) for value in record.values())
+
+
+def test_each_field_has_what_the_exchange_has_under_its_name() -> None:
+    one = exchange()
+    one.outcome, one.attempts = Outcome.TIMEOUT, 2
+    texts = ["tenant", "key_id", "route", "model", "fallback_from", "pool", "replica", "region", "route_reason"]
+    numbers = ["predicted_cached_tokens", "attempts", "continuations", "status", "request_bytes", "response_bytes"]
+    expected: dict[str, Any] = {name: name for name in (*texts, "error_code")}
+    expected |= {name: number for number, name in enumerate(numbers, 2)}
+    for name, value in expected.items():
+        setattr(one, name, value)
+    for flag in ("stream", "hedged", "usage_estimated"):
+        setattr(one, flag, True)
+        record, line = as_record(one), msgspec.to_builtins(line_of(one))
+        setattr(one, flag, False)
+        found = [[name for name, value in said.items() if value is True] for said in (record, line)]
+        assert found == [[flag], [flag]]
+        assert {name: record[name] for name in expected} == expected
+        assert {name: line[name] for name in expected if name in line} == {
+            name: value for name, value in expected.items() if name != "predicted_cached_tokens"
+        }
 
 
 def test_a_record_without_usage_says_so_instead_of_zero() -> None:

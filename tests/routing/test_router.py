@@ -102,6 +102,19 @@ def test_peers_are_told_what_was_added_and_what_was_dropped() -> None:
     assert all(len(each.added) == len(each.added_tokens) for each in told)
 
 
+def test_an_answer_is_expected_to_be_as_long_as_it_was_when_its_replica_was_chosen() -> None:
+    state = PoolState()
+    one, asked, a = router(state), request(max_output_tokens=100), replica("a")
+    decision = one.decide(asked, [a], 1.0)
+    assert decision.output_tokens == state.calibration.output_tokens(asked) == 100.0
+    decision.output_tokens = 7.0
+    one.dispatched(asked, a, 1.0, decision)
+    assert state.flights["q", a].output_tokens == 7.0
+    other = request("other", max_output_tokens=50)
+    one.dispatched(other, a, 1.0)  # nobody has decided
+    assert state.flights["other", a].output_tokens == 50.0
+
+
 def test_two_models_with_different_policies_keep_one_set_of_books() -> None:
     state = PoolState()
     cost, least = router(state), Router(LeastOutstanding(Random(1)), state)

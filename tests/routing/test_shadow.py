@@ -95,7 +95,7 @@ def test_a_shadow_that_wants_to_know_what_is_cached_finds_it_beside_a_policy_tha
     state, replicas = PoolState(), pool()
     router = Router(make_policy("round_robin", Random(1)), state, Random(1))
     beside = Beside(make_policy("cost", Random(1)), state, Random(1))
-    router.index_for_others = beside.wants_prefix
+    router.index_for_others(beside.wants_prefix)
     assert (router.wants_prefix, router.chooser.wants_prefix) == (True, False)
     went: list[Replica] = []
     compared = []
