@@ -26,7 +26,11 @@ ORDER = "order"
 """`order/<pool>`: how many replicas there should be, by the gateway that decides it."""
 HOLD = "hold"
 """`hold/<pool>`: how many an operator wants for a while."""
-KINDS = frozenset({MEMBER, DEMAND, AGENT, ROLL, ORDER, HOLD})
+START = "start"
+"""`start/<pool>/<gateway>`: replicas that start (`gateway.starting`)."""
+LEARNED = "learned"
+"""`learned/<pool>`: what the gateway that decides has learned of what its replicas carry."""
+KINDS = frozenset({MEMBER, DEMAND, AGENT, ROLL, ORDER, HOLD, START, LEARNED})
 MAX_NOTICES = 20_000
 """Kept by a worker; what a store that is shared with others holds beyond that is not for us."""
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from gateway.scaling.notes import read_note
+
 RENEW_S = 2.0
 """An agent reports so often."""
 LOST_AFTER_S = 3 * RENEW_S
@@ -108,8 +110,7 @@ def decoded(notices: Mapping[str, bytes]) -> dict[str, Report]:
     """The notices `agent/<name>` that can be read, by agent."""
     found: dict[str, Report] = {}
     for key, value in notices.items():
-        try:
-            found[key.partition("/")[2]] = msgspec.json.decode(value, type=Report)
-        except msgspec.MsgspecError:
-            continue
+        report = read_note(value, Report)
+        if report is not None:
+            found[key.partition("/")[2]] = report
     return found

@@ -7,13 +7,11 @@ it counts is counted once. A worker that has just begun counts from its start; o
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from gateway.rollups.quantiles import quantiles
-from gateway.scaling.notes import BOUNDS_MS, PoolDemand, ReplicaRow
+from gateway.scaling.notes import BOUNDS_MS, PoolDemand, ReplicaRow, read_note
 from routing.scaling import Demand
 
 YOUNG_S = 30.0
@@ -155,7 +153,7 @@ class PoolView:
         return Demand(
             at_s=max(each.heard_s for each in workers),
             arrivals_per_s=sum(each.arrivals_per_s for each in workers),
-            arrival_tokens_per_s=sum(each.tokens_per_s for each in workers),
+            arrival_tokens_per_s=_tokens_per_s(workers),
             in_flight=sum(each.in_flight for each in there),
             waiting=sum(each.last.waiting for each in workers),
             queue_wait_p90_s=None if wait_ms is None else wait_ms / 1000.0,
@@ -174,13 +172,22 @@ class PoolView:
         )
 
 
+def _tokens_per_s(workers: Sequence[_Worker]) -> float:
+    """Of what comes. Where a worker has just begun and knows nothing of tokens yet, its requests are taken to be as
+    long as those of the others."""
+    known = [each for each in workers if each.last.arrival_tokens > 0.0]
+    tokens, requests = sum(each.tokens_per_s for each in known), sum(each.arrivals_per_s for each in known)
+    if requests <= 0.0:
+        return tokens
+    return tokens * sum(each.arrivals_per_s for each in workers) / requests
+
+
 def by_pool(notices: Mapping[str, bytes]) -> dict[str, dict[str, PoolDemand]]:
     """The notices `demand/<pool>/<worker>` that can be read, by pool and worker."""
     found: dict[str, dict[str, PoolDemand]] = {}
     for key, value in notices.items():
         _, pool, worker = (*key.split("/", 2), "", "")[:3]
-        try:
-            found.setdefault(pool, {})[worker] = msgspec.json.decode(value, type=PoolDemand)
-        except msgspec.MsgspecError:
-            continue  # another version's
+        note = read_note(value, PoolDemand)
+        if note is not None and note.plausible:
+            found.setdefault(pool, {})[worker] = note
     return found

@@ -14,11 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from backends.discovery.member import Member
 from gateway.config.scaling import Scaling
 from gateway.errors import GatewayError
 from gateway.scaling.agents import PoolReport, excess, shares
 from gateway.scaling.combining import PoolView
+from gateway.scaling.memory import Memory, merged
 from gateway.scaling.notes import PoolDemand
 from gateway.scaling.providers import Local, Order, Provider, ProviderError, provider_of
 from gateway.scaling.standing import HISTORY, STARTS, Change, Hold, KeptPool, Leaving, Said, Standing
@@ -83,7 +86,8 @@ def rules_of(scaling: Scaling) -> Rules:
 class Helm:
     """One pool's. `now` is monotonic seconds everywhere."""
 
-    def __init__(self, pool: str, scaling: Scaling, kept: KeptPool, hand: Hand) -> None:
+    def __init__(self, pool: str, scaling: Scaling, kept: KeptPool, hand: Hand, kind: str = "") -> None:
+        """`kind`: of `memory.kind_of`."""
         self.pool = pool
         self.scaling = scaling
         self.view = PoolView()
@@ -98,7 +102,9 @@ class Helm:
         self.demand: Demand | None = None
         self.roll = kept.roll
         self._hand = hand
-        self._scaler = Scaler(rules_of(scaling))
+        self.kind = kind
+        self._scaler = Scaler(rules_of(scaling), kind)
+        self.memory = Memory(pool, self._scaler, bytes(kept.learned))
         for _, seconds in self.starts:
             self._scaler.learned_start(seconds)
         self._agents: dict[str, str] = {}
@@ -116,13 +122,15 @@ class Helm:
 
     def kept(self) -> KeptPool:
         """What is to outlive this process."""
-        return KeptPool(self.standing, self.hold, self.starts, self.history, self.roll)
+        learned = msgspec.Raw(self.memory.kept)
+        return KeptPool(self.standing, self.hold, self.starts, self.history, self.roll, learned)
 
-    async def configure(self, scaling: Scaling) -> None:
-        """Go by these settings; what was learned stays."""
-        if scaling == self.scaling:
+    async def configure(self, scaling: Scaling, kind: str = "") -> None:
+        """Go by these settings; what was learned stays, but for that of replicas of another kind."""
+        if scaling == self.scaling and kind == self.kind:
             return
-        self._scaler.change(rules_of(scaling))
+        self._scaler.change(rules_of(scaling), kind)
+        self.kind = kind
         sections = ("provider", "kubernetes", "command", "webhook")
         if any(getattr(scaling, name) != getattr(self.scaling, name) for name in sections):
             await self.provider.aclose()
@@ -139,6 +147,7 @@ class Helm:
 
     def look(self, notes: Mapping[str, PoolDemand], heard: Heard, now: float) -> Recommendation | None:
         """Take in what holds now, and what should be by that; None: nobody has told anything yet."""
+        self.memory.begin(now)
         self.view.read(notes, now)
         for member in heard.members:
             if member.agent:
@@ -160,7 +169,18 @@ class Helm:
         if self.demand is None and not self._met:
             return None  # a gateway that has just started must not take its ignorance for an order
         self._met = True
-        return self._scaler.decide(self.demand, now)
+        found = self._scaler.decide(self.demand, now)
+        self.memory.take(now)
+        return found
+
+    def hear(self, learned: bytes | None, holder: str, now: float) -> None:
+        """What the store has of what gateways have learned. `holder`: this one's name."""
+        self.memory.begin(now)
+        taken = self.memory.hear(learned, holder, now)
+        if taken is not None:
+            for name, seconds in taken.starts:
+                self._learn(name, seconds)
+            self.history = merged(self.history, taken.history)[-HISTORY:]
 
     def _learn(self, name: str, seconds: float) -> None:
         if (name, seconds) not in self.starts:

@@ -14,16 +14,17 @@ from gateway.admin.guard import operator_of
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.members.registering import UnknownPool
 from gateway.operations import NoWorkerAnswers, body_of, json_response
-from gateway.policy import About, GuardedRoute, Who
+from gateway.policy import About, GuardedRoute, PoolRefused, Who
 from gateway.scaling.agents import Orders, Report
 from gateway.scaling.helm import Helm
+from gateway.scaling.memory import LAST_CHANGES
 from gateway.scaling.providers import Kubernetes, ProviderError
-from gateway.scaling.shown import LAST_CHANGES, agent_rows, pool_row
+from gateway.scaling.service import LONGEST_HOLD_S
+from gateway.scaling.shown import agent_rows, pool_row
 from gateway.sources import Silent
 
 LIVE_S = 2.0
 MAX_BODY_BYTES = 65_536
-STORE_MAX_S = 86_400.0
 MAX_NUMBER = 1_000_000_000
 """Of servers and of orders to restart them; the next order is one higher than what agents say."""
 _AGENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -83,7 +84,7 @@ def routes(desk: Desk) -> list[GuardedRoute]:
             view.report,
             Who.REGISTRAR,
             methods=["PUT"],
-            about=About(body=Report, answer=Orders, errors=(NoWorkerAnswers,)),
+            about=About(body=Report, answer=Orders, errors=(NoWorkerAnswers, PoolRefused)),
         ),
         GuardedRoute(
             "/admin/pools/{pool}/roll",
@@ -123,8 +124,8 @@ class _View:
             raise InvalidRequest(
                 f"count must be from {least} to {most}, as scaling of {helm.pool} says.", param="count"
             )
-        if not 0 < body.for_s <= STORE_MAX_S:
-            raise InvalidRequest(f"for_s must be above 0 and at most {STORE_MAX_S:g} seconds.", param="for_s")
+        if not 0 < body.for_s <= LONGEST_HOLD_S:
+            raise InvalidRequest(f"for_s must be above 0 and at most {LONGEST_HOLD_S:g} seconds.", param="for_s")
         before = None if helm.hold is None else helm.hold.count
         diff = {"count": [before, body.count], "for_s": body.for_s}
         await self._desk.audit.note(request, "scaling.hold", helm.pool, diff)
@@ -159,6 +160,9 @@ class _View:
             if not 0 <= min(numbers := (has.launched, has.ready, has.max, has.roll)) <= max(numbers) <= MAX_NUMBER:
                 raise InvalidRequest(f"pools.{pool} has a number below 0 or above {MAX_NUMBER}.", param="pools")
         known = self._service.agents.get(agent)
+        # Whoever speaks for some pools may neither launch for others nor speak in the name of an agent that does.
+        for pool in (*body.pools, *(() if known is None else known.pools)):
+            operator_of(request).speak_for(pool)
         most = {pool: has.max for pool, has in body.pools.items()}
         if known is None or {pool: has.max for pool, has in known.pools.items()} != most:
             await self._desk.audit.note(request, "agent.report", agent, {"max": most})

@@ -19,12 +19,13 @@ import msgspec
 
 from backends.discovery.member import Member
 from gateway.errors import GatewayError
-from gateway.notices import AGENT, DEMAND, HOLD, ORDER, ROLL
+from gateway.notices import AGENT, DEMAND, HOLD, LEARNED, ORDER, ROLL
 from gateway.scaling.agents import LOST_AFTER_S, Orders, PoolOrder, PoolReport, Report, decoded, roll_for, told
 from gateway.scaling.agents import RENEW_S as AGENT_RENEW_S
 from gateway.scaling.combining import by_pool
 from gateway.scaling.helm import Heard, Helm
-from gateway.scaling.notes import PoolDemand
+from gateway.scaling.memory import kind_of
+from gateway.scaling.notes import PoolDemand, read_note
 from gateway.scaling.providers import Local
 from gateway.scaling.standing import FILE, Hold, Kept, KeptPool, Standing, read_kept, write_kept
 from gateway.sources import Silent, Source
@@ -42,10 +43,12 @@ LEASE_S = 8.0
 SAVE_EVERY_S = 10.0
 SEEN_WITHIN_S = 3.0
 """What was posted, workers have read by then."""
+LONGEST_HOLD_S = 86_400.0
+LEARNED_FOR_S = 86_400.0
+"""How long the store keeps what was learned, after the last gateway that has."""
 LEASE = "scaling"
 
 T = TypeVar("T")
-S = TypeVar("S", bound=msgspec.Struct)
 
 
 class ScalingService:
@@ -89,6 +92,7 @@ class ScalingService:
         await asyncio.gather(*tasks, return_exceptions=True)
         for helm in self.helms.values():
             await helm.provider.aclose()
+            helm.memory.take(time.monotonic(), at_once=True)
         if self._loaded:
             await self._save(0.0)
 
@@ -110,31 +114,44 @@ class ScalingService:
         async with self._turn:
             await self._configure()
             if not self.helms:
+                await self._hear_agents()
                 return
             now = time.monotonic()
             try:
                 demand = by_pool(await self.notices(DEMAND))
                 self.agents = decoded(await self.notices(AGENT))
-                orders, holds, rolls = [await self.notices(kind) for kind in (ORDER, HOLD, ROLL)]
+                orders, holds, rolls, learned = [await self.notices(kind) for kind in (ORDER, HOLD, ROLL, LEARNED)]
             except (Silent, GatewayError) as error:
                 for helm in self.helms.values():
                     helm.away(f"the store or the workers do not answer: {error}")
                 return
-            await asyncio.gather(
+            for name, helm in self.helms.items():
+                helm.hear(learned.get(f"{LEARNED}/{name}"), self.holder, now)
+            ends = await asyncio.gather(
                 *(
                     self._pool(
                         helm,
                         demand.get(name, {}),
-                        _read(orders.get(f"{ORDER}/{name}"), Standing),
-                        _read(holds.get(f"{HOLD}/{name}"), Hold),
+                        read_note(orders.get(f"{ORDER}/{name}"), Standing),
+                        read_note(holds.get(f"{HOLD}/{name}"), Hold),
                         now,
                     )
                     for name, helm in self.helms.items()
-                )
+                ),
+                return_exceptions=True,
             )
             for name, helm in self.helms.items():
                 helm.roll = max(helm.roll, _number(rolls.get(f"{ROLL}/{name}")))
             await self._save(SAVE_EVERY_S)
+            for each in ends:
+                if isinstance(each, BaseException):  # of one pool; the others have gone on
+                    raise each
+
+    async def _hear_agents(self) -> None:
+        """They launch, and go, also where nobody scales."""
+        if self.agents or any(each.launch is not None for each in self._desk.settings.backends.values()):
+            with suppress(Silent, GatewayError):  # the next round knows
+                self.agents = await self._reports()
 
     async def _configure(self) -> None:
         wanted = {name: each.scaling for name, each in self._desk.settings.backends.items() if each.scaling is not None}
@@ -145,10 +162,11 @@ class ScalingService:
         for name in self.helms.keys() - wanted.keys():
             await self._drop(self.helms.pop(name))
         for name, scaling in wanted.items():
+            kind = kind_of(self._desk.settings, name)
             if name in self.helms:
-                await self.helms[name].configure(scaling)
+                await self.helms[name].configure(scaling, kind)
             else:
-                self.helms[name] = Helm(name, scaling, self._kept.pools.get(name, KeptPool()), self)
+                self.helms[name] = Helm(name, scaling, self._kept.pools.get(name, KeptPool()), self, kind)
         self.helms = {name: self.helms[name] for name in wanted}
 
     async def _drop(self, helm: Helm) -> None:
@@ -202,18 +220,27 @@ class ScalingService:
             made = await helm.act(found, heard, standing, now)
             if helm.acting:  # still, after what a provider takes its time for
                 await self.tell(helm.pool, made)
+                await self._tell_learned(helm)
         except (Silent, GatewayError) as error:
             helm.away(f"the store does not answer: {error}")
         except Exception:
             logger.exception("scaling: pool %s", helm.pool)
+
+    async def _tell_learned(self, helm: Helm) -> None:
+        """Once a minute: whoever decides after this gateway is to know it."""
+        value = helm.memory.to_tell(self.holder, helm.starts, helm.history)
+        if value is not None:
+            key = f"{LEARNED}/{helm.pool}"
+            await self._any(lambda source: source.announce(key, value, LEARNED_FOR_S))
 
     async def _hold(self, helm: Helm, told: Hold | None, *, new_store: bool) -> None:
         """The number of an operator, wherever it was given; after a start, the one that was in force before, unless the
         store has gone on meanwhile: then somebody has taken it back."""
         if helm.pool not in self._restored:
             self._restored.add(helm.pool)
-            if new_store and told is None and helm.hold is not None and helm.hold.until_unix_s > time.time():
-                await self._announce(f"{HOLD}/{helm.pool}", helm.hold, helm.hold.until_unix_s - time.time())
+            left_s = 0.0 if helm.hold is None else helm.hold.until_unix_s - time.time()
+            if new_store and told is None and helm.hold is not None and 0.0 < left_s <= LONGEST_HOLD_S:
+                await self._announce(f"{HOLD}/{helm.pool}", helm.hold, left_s)
                 return
         if time.monotonic() - self._touched.get(helm.pool, -1e9) < SEEN_WITHIN_S:
             return  # workers may not have read it yet
@@ -291,7 +318,7 @@ class ScalingService:
                 continue
             of_pool = {name: each.pools[pool] for name, each in reports.items() if pool in each.pools}
             roll = roll_for(agent, _number(rolls.get(f"{ROLL}/{pool}")), of_pool)
-            standing = _read(orders.get(f"{ORDER}/{pool}"), Standing)
+            standing = read_note(orders.get(f"{ORDER}/{pool}"), Standing)
             found[pool] = self._told(pool, agent, of_pool, backend.launch.count, standing, roll)
         return Orders(AGENT_RENEW_S, found)
 
@@ -371,16 +398,6 @@ class ScalingService:
         with suppress(OSError):  # the next one may find the disk writable again; what is lost is lead times
             await asyncio.to_thread(write_kept, self._desk.state_dir / FILE, data)
             self._saved = data
-
-
-def _read(value: bytes | None, kind: type[S]) -> S | None:
-    """None where there is none, or it is another version's."""
-    if value is None:
-        return None
-    try:
-        return msgspec.json.decode(value, type=kind)
-    except msgspec.MsgspecError:
-        return None
 
 
 def _number(value: bytes | None) -> int:

@@ -12,15 +12,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from gateway.scaling.agents import Report
 from gateway.scaling.helm import Helm
 
-LAST_CHANGES = 20
-"""Shown of each pool where several are; a single one has all that are kept."""
-
 WANTED = "tidegate_scaling_wanted_replicas"
 """What others act on: there is none as long as nothing was decided."""
 
 
 def pool_row(helm: Helm, *, changes: int | None = None) -> dict[str, Any]:
-    """One pool, with so many of its last changes (None: all)."""
+    """One pool, with so many of its last changes (None: all that are kept)."""
     standing, scaling, hold = helm.standing, helm.scaling, helm.hold
     if hold is not None and hold.until_unix_s <= time.time():
         hold = None

@@ -91,6 +91,8 @@ class KeptPool(msgspec.Struct):
     """Names of replicas and how many seconds they took to be ready; the last at the end."""
     history: list[Change] = []
     roll: int = 0
+    learned: msgspec.Raw = msgspec.Raw(b"null")
+    """A `memory.Taken`, read apart: one that is spoilt, or another version's, costs nothing else."""
 
 
 class Kept(msgspec.Struct):
@@ -107,7 +109,7 @@ def read_kept(path: Path) -> Kept:
         return msgspec.json.decode(path.read_bytes(), type=Kept)
     except FileNotFoundError:
         return Kept()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         aside = path.with_name(f"{path.name}.broken")
         with suppress(OSError):
             os.replace(path, aside)

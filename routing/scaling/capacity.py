@@ -31,6 +31,7 @@ from __future__ import annotations
 from math import exp, log
 
 from routing.scaling.forecast import Smooth
+from routing.scaling.learned import LearnedCapacity, LearnedLine, age_at
 from routing.scaling.types import Demand
 
 OVER_S = 90.0
@@ -58,6 +59,11 @@ STEP = 0.2
 """How far one late period moves it."""
 FORGET_S = 6 * 3600.0
 """Time for capacity to double where it is never tried: what made it low, such as a cold cache, may have passed."""
+UNTRIED = 2.0
+"""What it becomes in that way at most, times what was tried: a weekend without load says nothing of Monday."""
+UNTOLD_S = 900.0
+"""For so long requests are taken to be as long as before when nobody tells: a gateway that was started again knows
+only after the first answers."""
 
 
 class Line:
@@ -78,6 +84,22 @@ class Line:
         self._w = keep * self._w + span * seconds
         self._bb = keep * self._bb + span * requests * requests
         self._bw = keep * self._bw + span * requests * seconds
+
+    def weight_s(self, now: float) -> float:
+        """Seconds of what was seen, as far as they are not forgotten."""
+        return 0.0 if self._at is None else self._weight * exp(-max(now - self._at, 0.0) / FORGET_S)
+
+    def learned(self, now: float) -> LearnedLine | None:
+        """What it knows; None: nothing."""
+        if self._at is None or not self._weight:
+            return None
+        age_s = age_at(now, self._at)
+        return LearnedLine(weight=self._weight, b=self._b, w=self._w, bb=self._bb, bw=self._bw, age_s=age_s)
+
+    def restore(self, learned: LearnedLine, then: float) -> None:
+        """Go on from there. Its age is forgotten as any other: after a day, six minutes weigh as much."""
+        self._weight, self._b, self._w = learned.weight, learned.b, learned.w
+        self._bb, self._bw, self._at = learned.bb, learned.bw, then - learned.age_s
 
     def at(self, requests: float) -> float | None:
         """Seconds among so many. None: nothing was seen. `requests` is what a replica is full with."""
@@ -108,7 +130,9 @@ class Capacity:
         "_rate",
         "_steady_since",
         "_tokens",
+        "_tokens_at",
         "_told",
+        "_tried",
         "late_by_load",
     )  # fmt: skip
 
@@ -116,10 +140,12 @@ class Capacity:
         self._arrivals, self._tokens = Smooth(OVER_S), Smooth(OVER_S)
         self._held, self._rate = Smooth(OVER_S), Smooth(OVER_S)
         self._by_tokens = False
+        self._tokens_at: float | None = None
         self._line = Line()
         self._kv, self._kv_held = Smooth(OVER_S), Smooth(OVER_S)
         self._told: float | None = None
         self._learned: float | None = None
+        self._tried = 0.0
         self._at: float | None = None
         self._full_since: float | None = None
         self._steady_since: float | None = None
@@ -130,8 +156,9 @@ class Capacity:
         """What the last period was like. `ready_for_s`: for how long the number of replicas has been the same;
         `steady`: arrivals are."""
         now, ready = demand.at_s, demand.replicas_ready
-        self._arrivals.observe(demand.arrivals_per_s, now)
-        self._tokens.observe(demand.arrival_tokens_per_s, now)
+        if not self._untold(demand):
+            self._arrivals.observe(demand.arrivals_per_s, now)
+            self._tokens.observe(demand.arrival_tokens_per_s, now)
         by_tokens = bool(self._tokens.value)
         if by_tokens != self._by_tokens:  # what was learned is in another unit
             self._by_tokens, self._line = by_tokens, Line()
@@ -145,6 +172,62 @@ class Capacity:
                 self._kv.observe(demand.kv_use * ready, now)
                 self._kv_held.observe(demand.in_flight, now)
         self._at = now
+
+    def learned(self, now: float) -> LearnedCapacity:
+        """What it knows, as of `now`."""
+
+        def age_s(at: float | None) -> float | None:
+            return None if at is None else age_at(now, at)
+
+        return LearnedCapacity(
+            by_tokens=self._by_tokens,
+            line=self._line.learned(now),
+            told=self._told,
+            lowered=self._learned,
+            tried=None if self._learned is None else self._tried,
+            arrivals=self._arrivals.learned(now),
+            tokens=self._tokens.learned(now),
+            tokens_age_s=age_s(self._tokens_at),
+            held=self._held.learned(now),
+            rate=self._rate.learned(now),
+            kv=self._kv.learned(now),
+            kv_held=self._kv_held.learned(now),
+            age_s=age_s(self._at),
+            full_for_s=age_s(self._full_since),
+            steady_for_s=age_s(self._steady_since),
+        )
+
+    def restore(self, learned: LearnedCapacity, age_s: float, now: float) -> None:
+        """Go on from what was known `age_s` seconds before `now`; that it was plausible was checked."""
+        then = now - age_s
+
+        def at(age_s: float | None) -> float | None:
+            return None if age_s is None else then - age_s
+
+        self._by_tokens = learned.by_tokens
+        self._line = Line()
+        if learned.line is not None:
+            self._line.restore(learned.line, then)
+        self._told, self._learned, self._tried = learned.told, learned.lowered, learned.tried or 0.0
+        self._untried(age_s)
+        for smooth, aged in (
+            (self._arrivals, learned.arrivals),
+            (self._tokens, learned.tokens),
+            (self._held, learned.held),
+            (self._rate, learned.rate),
+            (self._kv, learned.kv),
+            (self._kv_held, learned.kv_held),
+        ):
+            smooth.restore(aged, then)
+        self._at = None if learned.age_s is None else now - learned.age_s
+        self._tokens_at = None if learned.tokens_age_s is None else now - learned.tokens_age_s
+        # What a gateway that ended had under way is gone: what is under way grows for a while, and is no sign of speed.
+        self._full_since = at(learned.full_for_s) if not age_s else None
+        self._steady_since = at(learned.steady_for_s) if not age_s else None
+
+    def weight_s(self, now: float) -> float:
+        """Seconds of full and half full replicas that were seen, as far as they are not forgotten."""
+        return self._line.weight_s(now)
 
     @property
     def requests(self) -> float | None:
@@ -180,11 +263,24 @@ class Capacity:
             return 1.0
         return self._tokens.value / self._arrivals.value
 
+    def _untold(self, demand: Demand) -> bool:
+        """Whether requests come of which nobody says how long they are, and somebody did a while ago."""
+        if demand.arrival_tokens_per_s > 0.0:
+            self._tokens_at = demand.at_s
+        if demand.arrival_tokens_per_s > 0.0 or demand.arrivals_per_s <= 0.0 or self._tokens_at is None:
+            return False
+        if demand.at_s - self._tokens_at < UNTOLD_S:
+            return True
+        self._tokens_at, self._arrivals, self._tokens = None, Smooth(OVER_S), Smooth(OVER_S)
+        return False
+
     def _serve(self, demand: Demand, steady: bool, settled: bool) -> None:
         """Requests in service in a replica, and the units that come to it or go a second."""
         tokens, now, ready = self._tokens.value, demand.at_s, demand.replicas_ready
         served = demand.tokens_per_s if tokens else demand.served_per_s
         came = demand.arrival_tokens_per_s if tokens else demand.arrivals_per_s
+        if tokens and not came:
+            came = demand.arrivals_per_s * self._unit
         held = demand.in_flight / ready
         full = self.full(demand)
         if not steady:
@@ -222,8 +318,16 @@ class Capacity:
             on_time = max(1.0, each - served / ready * (late_ms - target_ms) / 1000.0)
             least = LEAST * self._told if self._told is not None else 1.0
             if here is None:
-                self._learned = max(least, on_time)
+                self._learned = self._tried = max(least, on_time)
             elif on_time < here:
-                self._learned = max(least, here + STEP * (on_time - here))
+                self._learned = self._tried = max(least, here + STEP * (on_time - here))
         elif self._learned is not None:
-            self._learned = max(each, self._learned * exp(log(2.0) * max(0.0, elapsed_s) / FORGET_S))
+            self._untried(elapsed_s)
+            if each > self._learned:
+                self._learned = self._tried = each
+
+    def _untried(self, for_s: float) -> None:
+        """For so long, capacity was not tried."""
+        if self._learned is not None:
+            grown = self._learned * exp(log(2.0) * max(0.0, for_s) / FORGET_S)
+            self._learned = max(self._learned, min(grown, UNTRIED * self._tried))

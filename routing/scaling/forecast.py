@@ -29,6 +29,8 @@ from collections import deque
 from math import exp, sqrt
 from statistics import median
 
+from routing.scaling.learned import MOST_SAMPLES, Aged, LearnedCourse, age_at
+
 SHORT_S = 30.0
 LONG_S = 300.0
 BIN_S = 60.0
@@ -97,6 +99,27 @@ class Series:
         chance = self._noise(now, BIN_S) * steps / INCREASES
         return found if found > chance else 0.0
 
+    def learned(self, now: float) -> LearnedCourse:
+        """What it knows, as of `now`; samples beyond the last `MOST_SAMPLES` are left out."""
+        kept = list(self._samples)[-MOST_SAMPLES:]
+        return LearnedCourse(
+            samples=tuple((age_at(now, at), span, rate) for at, span, rate in kept),
+            minute=None if self._bin_at is None else (age_at(now, self._bin_at), self._bin, self._bin_s),
+            level=self._level,
+            before=self._rate_before,
+            trend=self._trend,
+            increases=tuple(self._increases),
+        )
+
+    def restore(self, learned: LearnedCourse, then: float) -> None:
+        """Go on from there. `then`: when it was, on this clock."""
+        self._samples = deque((then - age_s, span, rate) for age_s, span, rate in learned.samples)
+        self._last = self._samples[-1][0] if self._samples else None
+        if learned.minute is not None:
+            self._bin_at, self._bin, self._bin_s = then - learned.minute[0], learned.minute[1], learned.minute[2]
+        self._level, self._rate_before, self._trend = learned.level, learned.before, learned.trend
+        self._increases = deque(learned.increases, maxlen=INCREASES)
+
     def _mean(self, window_s: float) -> float:
         if self._last is None:
             return 0.0
@@ -142,3 +165,12 @@ class Smooth:
             self.value = keep * self.value + (1.0 - keep) * value
         self._at = at
         return self.value
+
+    def learned(self, now: float) -> Aged | None:
+        """Its value and age; None: it has none."""
+        return None if self.value is None else (self.value, age_at(now, self._at))
+
+    def restore(self, learned: Aged | None, then: float) -> None:
+        """Go on from there."""
+        if learned is not None:
+            self.value, self._at = learned[0], then - learned[1]

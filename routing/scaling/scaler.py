@@ -20,10 +20,23 @@ https://doi.org/10.1145/2382553.2382556), that arrivals are foreseen for as long
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from math import ceil
 
 from routing.scaling.capacity import Capacity
 from routing.scaling.forecast import Series
+from routing.scaling.learned import (
+    MOST_SAMPLES,
+    MOST_STARTS,
+    OLDEST_S,
+    RECENT_S,
+    VERSION,
+    Learned,
+    LearnedOrders,
+    age_at,
+    check,
+    thinned,
+)
 from routing.scaling.reasons import Signals, reasons_of, starts_from_zero
 from routing.scaling.types import UNKNOWN, Demand, Reason, Recommendation, Rules
 
@@ -37,17 +50,18 @@ DOWN_EVERY_S = 60.0
 """One `down_step` in so long: what is left takes over the load first, and it is seen whether it can."""
 ORDER_S = 60.0
 """Beyond the time to drain, how long an order of fewer is believed to be carried out while nothing is seen of it."""
-STARTS = 20
+STARTS = MOST_STARTS
 """The last ones that the lead time is taken from."""
 STARTS_LEAST = 3
 MOST_OF_THEM = 0.8
 
 
 class Scaler:
-    """Decides for one pool. It keeps the last minutes of what it is told, and nothing else."""
+    """Decides for one pool. `about`: what capacity depends on, as one word; of another one nothing is taken over."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, about: str = "") -> None:
         self.rules = rules
+        self.about = about
         self._arrivals = Series()
         self._capacity = Capacity()
         self._starts: deque[float] = deque(maxlen=STARTS)
@@ -61,13 +75,72 @@ class Scaler:
         self._ready = (0, 0.0)
         """Replicas that are ready, since when."""
 
-    def change(self, rules: Rules) -> None:
-        """Other rules from now on; what was learned stays."""
+    def change(self, rules: Rules, about: str | None = None) -> None:
+        """Other rules from now on; what was learned stays, but for that of replicas of another kind."""
         self.rules = rules
+        if about is not None and about != self.about:
+            self.about, self._capacity = about, Capacity()
+
+    # --- what is learned
+
+    def learned(self, now: float) -> Learned:
+        """What another scaler needs to go on as this one would; see `routing.scaling.learned`."""
+
+        def aged(pairs: Iterable[tuple[float, int]]) -> list[tuple[float, int]]:
+            return [(age_at(now, at), count) for at, count in pairs]
+
+        def age_s(at: float | None) -> float | None:
+            return None if at is None else age_at(now, at)
+
+        ordered = self._ordered
+        return Learned(
+            version=VERSION,
+            about=self.about,
+            starts=tuple(self._starts),
+            capacity=self._capacity.learned(now),
+            course=self._arrivals.learned(now),
+            orders=LearnedOrders(
+                wanted=thinned(aged(self._wanted)),
+                said=tuple(aged(self._counts)[-MOST_SAMPLES:]),
+                ordered=None if ordered is None else aged([ordered])[0],
+                up_age_s=age_s(self._up_at),
+                down_age_s=age_s(self._down_at),
+                ready=(age_at(now, self._ready[1]), self._ready[0]),
+            ),
+        )
+
+    def restore(self, learned: Learned, age_s: float, now: float) -> None:
+        """Go on from what was learned `age_s` seconds ago. The last minutes are only taken over when they are that, and
+        by one that has decided nothing yet. Raises `Implausible`; then nothing is changed."""
+        check(learned, self.about, age_s)
+        age_s = max(0.0, age_s)
+        then = now - age_s
+        self._capacity = Capacity()
+        self._capacity.restore(learned.capacity, age_s, now)
+        if len(learned.starts) > len(self._starts):
+            self._starts = deque(learned.starts, maxlen=STARTS)
+        if self._ordered is not None or age_s > RECENT_S:
+            return
+        self._arrivals = Series()
+        self._arrivals.restore(learned.course, then)
+        orders = learned.orders
+        self._wanted = deque((then - age, count) for age, count in orders.wanted)
+        self._counts = deque((then - age, count) for age, count in orders.said)
+        self._ordered = None if orders.ordered is None else (then - orders.ordered[0], orders.ordered[1])
+        self._up_at = None if orders.up_age_s is None else then - orders.up_age_s
+        self._down_at = None if orders.down_age_s is None else then - orders.down_age_s
+        self._ready = orders.ready[1], then - orders.ready[0]
+
+    def knows_less(self, learned: Learned, age_s: float, now: float) -> bool:
+        """Whether that was learned from more than this scaler has seen. Raises `Implausible`."""
+        check(learned, self.about, age_s)
+        other = Capacity()
+        other.restore(learned.capacity, max(0.0, age_s), now)
+        return other.weight_s(now) > self._capacity.weight_s(now)
 
     def learned_start(self, seconds: float) -> None:
-        """A replica took so long from its order until it was ready."""
-        if seconds >= 0.0:
+        """A replica took so long from its order until it was ready. What cannot be is passed over."""
+        if 0.0 <= seconds <= OLDEST_S:
             self._starts.append(seconds)
 
     @property

@@ -16,6 +16,19 @@ from loadtests.simulator.scaling.run import Figures, Run, run_all
 SPILLING = ("tidegate", "static, mean", "HPA")
 SPIKES = ("viral", "viral at once")
 FLOORS = (1, 4, 8, 16, 24)
+RESTARTS = (
+    ("diurnal", 8.0),
+    ("diurnal", 10.5),
+    ("monday", 6.1),
+    ("viral", 6.4),
+    ("viral at once", 6.2),
+    ("sawtooth", 5.1),
+)
+"""Courses and hours in which the gateway is killed: where the load rises, or is high."""
+WATCHED_H = 3.0
+"""For how long it is looked at after that."""
+MORE_SEEDS = 4
+"""Times as many runs of these: what they tell apart is little."""
 DRAWN = ("tidegate", "HPA", "oracle")
 PICTURES = {"diurnal": (0.0, 24.0), "viral": (5.0, 10.0), "viral at once": (5.5, 3.0)}
 
@@ -57,7 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             for floor in FLOORS
             for seed in seeds
         ]
-        tables.write(options.write, tables.page(found, _run(step, options.processes)))
+        restarts = [
+            Run(
+                name,
+                "tidegate",
+                seed,
+                hours=at + WATCHED_H,
+                engine=options.engine,
+                lead_s=options.lead,
+                count_from_h=at,
+                restart=restart,
+            )
+            for name, at in RESTARTS
+            for restart in ("", "with", "without")
+            for seed in range(1, MORE_SEEDS * options.seeds + 1)
+        ]
+        text = tables.page(found, _run(step, options.processes), _run(restarts, options.processes))
+        tables.write(options.write, text)
     return 0
 
 

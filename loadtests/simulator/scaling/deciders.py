@@ -15,10 +15,12 @@ from typing import Protocol
 
 from loadtests.simulator.engine import Constants
 from loadtests.simulator.scaling.pool import Pool, Starts, Work, carried, percentile, slots_of
-from routing.scaling import Demand, Rules, Scaler
+from routing.scaling import Demand, Learned, Rules, Scaler
 
 PERIOD_S = 10
 USE = 0.7
+KEPT_EVERY_S = 60
+"""As a gateway does; a kill loses as much."""
 
 
 class Decider(Protocol):
@@ -45,6 +47,8 @@ class Tidegate:
     def __init__(self, setting: Setting) -> None:
         self.scaler = Scaler(setting.rules)
         self._setting = setting
+        self.kept: tuple[int, Learned] | None = None
+        """What a file would have, and since when."""
 
     def __call__(self, pool: Pool, now: int) -> int:
         work, period = self._setting.work, pool.told()
@@ -70,7 +74,25 @@ class Tidegate:
             spilled_per_s=period.rented / seconds,
             spill_usd_per_hour=3600.0 * pool.prices.rented_usd * period.rented / seconds,
         )
-        return self.scaler.decide(demand, float(now)).count
+        count = self.scaler.decide(demand, float(now)).count
+        if not now % KEPT_EVERY_S:
+            self.kept = now, self.scaler.learned(float(now))
+        return count
+
+
+def again(decider: Decider, setting: Setting, now: int, *, remembers: bool) -> Tidegate:
+    """The same after a restart of the gateway, with what it has learned or without. Start times are kept in any case,
+    as they were before anything else was."""
+    if not isinstance(decider, Tidegate) or decider.kept is None:
+        raise ValueError("only tidegate is started again, and not within its first minute")
+    made = Tidegate(setting)
+    at, learned = decider.kept
+    if remembers:
+        made.scaler.restore(learned, float(now - at), float(now))
+    else:
+        for took in learned.starts:
+            made.scaler.learned_start(took)
+    return made
 
 
 class Fixed:

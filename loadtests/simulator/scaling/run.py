@@ -9,12 +9,14 @@ from random import Random
 
 from loadtests.simulator.fleet import DEFAULT_ENGINE, engine_named
 from loadtests.simulator.scaling.arrivals import Noise, courses
-from loadtests.simulator.scaling.deciders import PERIOD_S, Setting, deciders
+from loadtests.simulator.scaling.deciders import PERIOD_S, Setting, again, deciders
 from loadtests.simulator.scaling.pool import Pool, Prices, Starts, Totals, Work, poisson
 from routing.scaling import Rules
 
 MAX = 64
 SAMPLE_S = 120
+AWAY_S = 30
+"""From a kill of the gateway to its first decision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ class Run:
     lead_s: float = 240.0
     rules: tuple[tuple[str, float], ...] = ()
     """Rules that are not the default's."""
+    count_from_h: float = 0.0
+    """Hours after the beginning from which on it is counted."""
+    restart: str = ""
+    """Then the gateway is killed and started again: "with" or "without" what it has learned; empty: it is not."""
 
 
 @dataclass(slots=True)
@@ -87,8 +93,15 @@ def run(what: Run) -> Figures:
     arrivals = Random(f"arrivals {what.course} {what.seed}")
     samples: list[tuple[float, float, int, float]] = []
     came = within = 0.0
+    killed = int(what.count_from_h * 3600.0)
     for second in range(1, int(hours * 3600.0) + 1):
         pool.second(poisson(rate(second), arrivals))
+        if killed and second == killed:
+            pool.totals = Totals(most=pool.ready)
+        if what.restart and killed <= second < killed + AWAY_S:
+            continue
+        if what.restart and second == killed + AWAY_S:
+            decide = again(decide, setting, second, remembers=what.restart == "with")
         if not second % PERIOD_S:
             pool.order(decide(pool, second))
         if what.sample and not second % SAMPLE_S:

@@ -25,14 +25,14 @@ def kinds(found: Found) -> dict[Kind, list[Figures]]:
     return gathered
 
 
-def page(days: Found, spike: Found) -> str:
-    """Both tables: of days, and of the first hour of a step."""
+def page(days: Found, spike: Found, restarts: Found | None = None) -> str:
+    """All tables: of days, of the first hour of a step, and of restarts."""
     gathered = kinds(days)
     known = courses()
     lines: list[str] = []
     for name in dict.fromkeys(what.course for what in days):
         lines += [f"#### {name}: {known[name].text}\n", *_table(gathered, name), ""]
-    return "\n".join([*lines, *_spike(spike), ""])
+    return "\n".join([*lines, *_spike(spike), "", *(_restarts(restarts) if restarts else ())])
 
 
 def summary(found: Found) -> str:
@@ -91,6 +91,27 @@ def _spike(found: Found) -> list[str]:
             f" | {4.0 * _mean(rows, 'replica_hours'):.0f} | {rented:.0f} | {4 * floor} |"
         )
     return lines
+
+
+def _restarts(found: Found) -> list[str]:
+    gathered: dict[tuple[str, float], dict[str, list[Figures]]] = {}
+    for what, figures in found.items():
+        gathered.setdefault((what.course, what.count_from_h), {}).setdefault(what.restart, []).append(figures)
+    lines = [
+        "#### The gateway is killed, and decides again after 30 s: the three hours from then on\n",
+        "| | gateway | within 2 s | late minutes | worst | USD | changes |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    names = {"": "lives on", "with": "with what it learned", "without": "without"}
+    for (course, at), kinds_of in gathered.items():
+        for restart, rows in kinds_of.items():
+            half = 100.0 * interval([each.within for each in rows])
+            lines.append(
+                f"| {course}, hour {at:g} | {names[restart]} | {_mean(rows, 'within'):.2%} ± {half:.2f}"
+                f" | {_mean(rows, 'late_minutes'):.1f} | {max(each.late_minutes for each in rows):.0f}"
+                f" | {_mean(rows, 'usd'):,.0f} | {_mean(rows, 'changes'):.0f} |"
+            )
+    return [*lines, ""]
 
 
 def _mean(rows: list[Figures], name: str) -> float:

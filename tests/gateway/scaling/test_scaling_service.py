@@ -142,6 +142,25 @@ async def test_agents_roll_one_after_the_other_also_over_a_restart_of_the_gatewa
     assert [await told("b", 0), await told("c", 0), await told("b", 1), await told("c", 0)] == [1, 0, 1, 1]
 
 
+async def test_agents_are_known_and_forgotten_where_nobody_scales() -> None:
+    launch = {"launch": {"model": "/models/m.gguf"}}
+    worker = Worker()
+    gateway = Gateway(settings_for([], engine="llamacpp", backend=launch), worker)
+    worker.facts["agent/elsewhere"] = msgspec.json.encode(Report({"pool": PoolReport(launched=1)}))
+    await gateway.service.round()
+    assert [*gateway.service.agents] == ["elsewhere"], "it speaks to another gateway on the same store"
+    await gateway.service.reported("here", Report({"pool": PoolReport(launched=1)}))
+    assert sorted(gateway.service.agents) == ["elsewhere", "here"]
+    del worker.facts["agent/elsewhere"]  # as when its time is over
+    await gateway.service.round()
+    assert [*gateway.service.agents] == ["here"]
+    gateway.desk.settings = scaled()
+    worker.facts.clear()
+    gateway.service._heard.clear()
+    await gateway.service.round()
+    assert not gateway.service.agents, "the last pool that was launched is gone"
+
+
 async def test_what_another_gateway_had_drained_is_carried_on_with() -> None:
     worker = Worker()
     leaving = {"b": Leaving("b", time.time())}

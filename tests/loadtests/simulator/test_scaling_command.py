@@ -51,6 +51,22 @@ def test_a_step_of_fifty_times_is_not_kept_without_a_floor_or_spill() -> None:
     assert ready.within > 0.99
 
 
+def test_after_a_restart_what_was_learned_is_worth_late_minutes_and_without_it_they_come_back() -> None:
+    """Minutes after a step, with replicas ordered for it: who has learned nothing takes them for too many."""
+    step = {"course": "viral at once", "decider": "tidegate", "hours": 1.0, "begin_h": 5.5, "count_from_h": 0.7}
+    late: dict[str, float] = {}
+    for restart in ("", "with", "without"):
+        found = [run(Run(seed=seed, restart=restart, **step)) for seed in (1, 2, 3)]  # type: ignore[arg-type]
+        late[restart] = sum(each.late_minutes for each in found)
+    assert late["with"] <= late[""] + 1
+    assert late["without"] > late["with"]
+
+
+def test_only_the_one_that_keeps_something_is_started_again() -> None:
+    with pytest.raises(ValueError, match="only tidegate"):
+        run(Run("growth", "HPA", hours=0.2, count_from_h=0.1, restart="with"))
+
+
 def test_runs_with_equal_seeds_are_equal() -> None:
     what = Run("sawtooth", "tidegate", 4, hours=0.5)
     assert run(what) == run(what)
@@ -93,6 +109,15 @@ def test_tables_are_written_between_their_marks(tmp_path: Path) -> None:
     page.write_text(f"before\n{tables.BEGIN}old\n{tables.END}\nafter\n")
     days = {each: run(each) for each in (Run("growth", "tidegate", hours=0.1), Run("growth", "oracle", hours=0.1))}
     tables.write(page, tables.page(days, days))
+    restarts = {
+        each: run(each)
+        for each in (
+            Run("growth", "tidegate", hours=0.2, count_from_h=0.1, restart=restart)
+            for restart in ("", "with", "without")
+        )
+    }
+    text = tables.page(days, days, restarts)
+    assert "| growth, hour 0.1 | with what it learned | 100.00% ± 0.00 | 0.0 |" in text
     text = page.read_text()
     assert "| tidegate | 100.00% ± 0.00 |" in text
     assert "old" not in text
