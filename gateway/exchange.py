@@ -77,6 +77,8 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
                     visit = gate.visit(caller, order, exchange, counted, runtime.new_request_id() if moved else "")
                     if visit is not None:
                         await gate.enter(visit, relay)
+                if visit is not None:
+                    order = visit.order  # of one that has waited: for the replicas that there are now
                 await _answer(call, order, relay, reply, visit, runtime)
                 return
             except GatewayError as error:

@@ -22,7 +22,7 @@ from dataclasses import replace
 import msgspec
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from gateway.admission.refusals import QueueFull, QueueTimeout
+from gateway.admission.refusals import QueueFull, QueueTimeout, Starting
 from gateway.config import Settings
 from gateway.config.fallbacks import Fallback
 from gateway.elsewhere import route_at
@@ -78,6 +78,10 @@ class _Chain(msgspec.Struct, gc=False):
     """Where it has been."""
     broken_off: int = 0
     fallen: bool = False
+    starting: Order | None = None
+    """The first order whose pool had no replica and was to get one: it waits there when nobody else can answer."""
+    waits: bool = False
+    """It has come to that."""
 
 
 class Fallbacks:
@@ -102,6 +106,11 @@ class Fallbacks:
 
     # -- the path of a request
 
+    def may_ask(self, order: Order, exchange: Exchange) -> bool:
+        """Whether others are to be asked before a request waits for the first replica of a pool."""
+        chain = self._chains.get(exchange.request_id)
+        return order.route.model in self._lists if chain is None else not chain.waits
+
     def instead(
         self, order: Order, exchange: Exchange, caller: Principal, error: GatewayError, now: float
     ) -> Order | None:
@@ -116,6 +125,8 @@ class Fallbacks:
             if entries is None:
                 return self._overflow.instead(order, exchange, caller, error, now)
             chain = self._chains[exchange.request_id] = _Chain(order, error, list(entries), set())
+        if isinstance(error, Starting) and chain.starting is None and not chain.waits:
+            chain.starting = order
         chain.places.add(_place(order.route))
         if not chain.fallen:
             spilled = self._overflow.instead(order, exchange, caller, error, now)
@@ -126,7 +137,7 @@ class Fallbacks:
         chain.broken_off += error.code in _BROKEN_OFF
         in_time = now - exchange.started_at < order.total_s
         if in_time and chain.broken_off < _MOST_BROKEN_OFF and _another_may_answer(error, chain.fallen):
-            other = self._next(chain, order, exchange, caller, error)
+            other = self._next(chain, order, exchange, caller, error) or self._waiting(chain, order, exchange, error)
             if other is not None:
                 return other
         if chain.fallen and error.outcome in _REFUSALS:
@@ -191,6 +202,18 @@ class Fallbacks:
             exchange.fallback_from = asked_for.route.name
             return _order(asked_for, route)
         return None
+
+    def _waiting(self, chain: _Chain, order: Order, exchange: Exchange, error: GatewayError) -> Order | None:
+        """Nobody else is left: back to where a replica starts."""
+        back = chain.starting
+        if back is None:
+            return None
+        chain.starting, chain.waits = None, True
+        if back.route.pool is not order.route.pool:
+            self._leave(order, exchange, error)
+        chain.fallen = back is not chain.asked_for
+        exchange.fallback_from = chain.asked_for.route.name if chain.fallen else ""
+        return back
 
     def _leave(self, order: Order, exchange: Exchange, error: GatewayError) -> None:
         """Nothing of what has failed is to be charged as if it were the next one's."""

@@ -17,6 +17,7 @@ from backends.upstream import Upstream
 from gateway import usage
 from gateway.accounts.counts import UseCounts
 from gateway.adapters import AdapterKeeper
+from gateway.admission.doors import Doors
 from gateway.admission.opening import Admission
 from gateway.attempt_metrics import AttemptMetrics
 from gateway.build_metrics import Reloads
@@ -36,6 +37,7 @@ from gateway.regions import Regions
 from gateway.relay import Relay
 from gateway.request_log import RequestLog
 from gateway.spill import Overflow
+from gateway.starting.prospects import Starts
 from gateway.steering.traffic import Traffic
 from gateway.store import Store
 from gateway.warmup.warmer import Warmer
@@ -129,6 +131,9 @@ class Runtime:
         self.regions.watch(settings, self.fleet)
         self.overflow = Overflow(settings, self.gate, lambda: self.fleet)
         self.fallbacks = Fallbacks(settings, lambda: self.fleet, self.overflow)
+        self.gate.rooms.doors = Doors(Starts(self.notices), lambda name: name in self.fleet.pools)
+        self.gate.rooms.latest = lambda pool: self.fleet.pools.get(pool.name, pool)
+        self.gate.holding.elsewhere = self.fallbacks.may_ask
         self.body_budget = ByteBudget(settings.server.max_in_flight_bytes)
         self.connections_of: Counter[str] = Counter()
         """Clients' connections by address, where those of one are limited."""
@@ -172,17 +177,19 @@ class Runtime:
     def begin(self, call: Call) -> Exchange:
         """Open the record of a call. Every opened record must be given to `settle`."""
         now = time.monotonic()
+        received_at = call.received_at
+        request_id = self.new_request_id()
         exchange = Exchange(
-            request_id=self.new_request_id(),
+            request_id=request_id,
             route=call.path,
-            started_at=call.received_at,
-            started_unix_s=time.time() - (now - call.received_at),
+            started_at=received_at,
+            started_unix_s=time.time() - (now - received_at),
             read_at=now,
             request_bytes=len(call.body),
         )
         if self.tracing is not None:
             exchange.traced = self.tracing.begin(call.headers)
-        self._live[exchange.request_id] = exchange
+        self._live[request_id] = exchange
         return exchange
 
     def settle(self, exchange: Exchange) -> None:
@@ -200,7 +207,8 @@ class Runtime:
             self.metrics.refused(exchange.status)
             return
         self.metrics.observe(exchange)
-        self.uses.observe(exchange, (exchange.pool, exchange.replica) in self.metrics.rented)
+        rented = self.metrics.rented
+        self.uses.observe(exchange, bool(rented) and (exchange.pool, exchange.replica) in rented)
         if self.demand is not None:
             self.demand.settled(exchange)
         self.ledger.record(exchange)
@@ -292,6 +300,7 @@ class Runtime:
         self.fallbacks.reload(settings)
         self.overload.reload(settings.overload)
         self.explaining.configure(settings.admin.explained_per_s if settings.admin.enabled else 0.0)
+        self.gate.look_now()
         self._keep(self._retire(old))
         self._keep(self.learn_prompts())
 

@@ -306,7 +306,10 @@ class Overflow:
         """Until the first token, by what the queue and the policy say: infinity where nobody can serve, None where
         nothing is known."""
         pool = route.pool
-        queues = self._gate.rooms.room(pool, now) is not None
+        room = self._gate.rooms.room(pool, now)
+        if room is not None and not room.requests:
+            return inf  # its first replica has yet to start
+        queues = room is not None
         wait_s = self._gate.told.expected_s(pool.name, order.band, now) if queues else 0.0
         ttft_ms = decision.predicted_ttft_ms
         if decision.replica is None and not (queues and any(each.reason == "full" for each in decision.excluded)):

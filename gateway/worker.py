@@ -236,6 +236,9 @@ class Worker:
             logger.info("stopping: not ready any more, serving for another %g s", shutdown.grace_s)
             await self._wait(shutdown.grace_s, until_closed=None)
         listener.stop_accepting()
+        # What waits for a first replica may do so at another gateway; here it would only keep this one from ending.
+        gate = runtime.gate
+        gate.holding.interrupt(gate.in_line(), Draining("This gateway is shutting down.", retry_after_s=1.0))
         await asyncio.sleep(_POLL_S)  # the idle connections are gone then
         if listener.open_connections:
             logger.info("stopping: %d requests may finish within %g s", listener.open_connections, shutdown.drain_s)

@@ -19,14 +19,15 @@ from contextlib import suppress
 from typing import Any
 
 from gateway.admission.carrier import RENEW_EVERY_S
+from gateway.admission.holding import Holding
 from gateway.admission.home import Home, Mode
 from gateway.admission.metrics import AdmissionMetrics
 from gateway.admission.refusals import PriceUnknown, QueueFull, QueueTimeout
-from gateway.admission.rooms import Rooms
+from gateway.admission.rooms import FOREVER_US, Rooms
 from gateway.admission.settlement import Settlement, settlement
 from gateway.admission.spend import SpendKeeper
 from gateway.admission.visit import Visit
-from gateway.admission.waits import ToldWaits, longest_wait_s
+from gateway.admission.waits import ToldWaits, longest_start_wait_s, longest_wait_s
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.keys.directory import Directory
@@ -66,6 +67,7 @@ class Gate:
         spend: SpendKeeper,
         metrics: AdmissionMetrics,
         queues: bool,
+        workers: int = 1,
     ) -> None:
         self.directory = directory
         self.home = home
@@ -73,7 +75,8 @@ class Gate:
         self.estimator = estimator
         self.spend = spend
         self.metrics = metrics
-        self.rooms = Rooms(queues=queues, shared=home.far is not None)
+        self.rooms = Rooms(queues=queues, shared=home.far is not None, workers=workers)
+        self.holding = Holding(self.rooms, metrics)
         self.told = ToldWaits()
         self.visits: dict[str, Visit] = {}
         """Everybody inside or waiting, by request id."""
@@ -165,7 +168,7 @@ class Gate:
             raise PriceUnknown(
                 f"The model {route.model!r} has no price, so that a budget cannot count it.", param="model"
             )
-        if not plan.scopes and room is None and not (self.spend.recording and route.price is not None):
+        if not plan.scopes and room is None and not (route.price is not None and self.spend.recording):
             return None
         if estimate is None:
             estimate = self._estimate(principal, order, plan)
@@ -181,7 +184,8 @@ class Gate:
         if room is not None:
             visit.pool = route.pool.name
             visit.room = room
-            visit.max_wait_s = longest_wait_s(
+            longest = longest_wait_s if room.requests else longest_start_wait_s
+            visit.max_wait_s = longest(
                 order,
                 route.pool.settings.queue,
                 self.metrics.ttft_s(route.model),
@@ -195,7 +199,8 @@ class Gate:
                 order.band,
                 max(1, work_of(estimate.input, estimate.output)),
                 estimate.input + estimate.output,
-                int(visit.max_wait_s * 1_000_000),
+                # While there is no replica, the pace of former ones says nothing of the wait.
+                int(visit.max_wait_s * 1_000_000) if room.requests else FOREVER_US,
             )
         return visit
 
@@ -242,6 +247,8 @@ class Gate:
             exchange.admission_headers = self._headers_after_wait(exchange)
             self.metrics.turned_away(visit.pool, entry.reason)
             raise QueueFull(entry)
+        if visit.shut_out:
+            self.holding.begin(visit)
         await self._wait(visit, relay)
 
     async def move(self, visit: Visit, order: Order, relay: Relay) -> Visit | None:
@@ -314,11 +321,11 @@ class Gate:
         visit.waiter = asyncio.get_running_loop().create_future()
         self.waiting += 1
         try:
-            async with asyncio.timeout(visit.max_wait_s):
-                await visit.waiter
+            await self.holding.turn(visit)
+            await self.holding.until_open(visit, relay)
         except TimeoutError:
             self.metrics.turned_away(visit.pool, "timeout")
-            raise QueueTimeout(visit.max_wait_s) from None
+            raise self.holding.starting(visit) or QueueTimeout(visit.max_wait_s) from None
         finally:
             self.waiting -= 1
             visit.waiter = None
@@ -429,6 +436,10 @@ class Gate:
         self.home.changed(available)
         self._wake.set()
 
+    def look_now(self) -> None:
+        """Pools may have grown."""
+        self._wake.set()
+
     async def keep(self, stop: asyncio.Event, every_s: float = 1.0) -> None:
         """Signs of life and renewals, until stopped. One that fails is soon followed by another: those that wait are to
         know quickly whether Redis is away."""
@@ -442,7 +453,7 @@ class Gate:
             self._wake.clear()
             with suppress(TimeoutError):
                 # Away for sure, or all well: once a second. In between, on the way there or back: sooner.
-                settled = heard is (self.home.mode is not Mode.LOCAL)
+                settled = heard is (self.home.mode is not Mode.LOCAL) and not (self.waiting and self.holding.soon)
                 async with asyncio.timeout(every_s if settled else _AFTER_FAILURE_S):
                     await self._wake.wait()
 

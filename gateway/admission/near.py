@@ -126,7 +126,7 @@ class Near:
                 self._rooms.clear()
             found = self._rooms[room, share] = msgspec.structs.replace(
                 room,
-                requests=max(1, room.requests // share),
+                requests=max(1, room.requests // share) if room.requests else 0,
                 tokens=None if room.tokens is None else max(1, room.tokens // share),
                 lease_us=FOREVER_US,
                 grant_us=FOREVER_US,

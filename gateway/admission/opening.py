@@ -79,6 +79,7 @@ class Admission:
             spend=SpendKeeper(self.records, book, self.id),
             metrics=AdmissionMetrics(),
             queues=workers == 1 or self.far is not None,
+            workers=workers,
         )
         if self.directory is not None:
             self._take_static(settings)
@@ -115,8 +116,7 @@ class Admission:
             if not await self.sync.first_load(KEYS_WITHIN_S):
                 logger.warning("keys: they could not be read yet; requests are answered with 503 until they are")
         gate.spend.start()
-        if self.far is not None or gate.rooms.queues:
-            self._keeping = asyncio.create_task(gate.keep(self._stop), name="gate")
+        self._keeping = asyncio.create_task(gate.keep(self._stop), name="gate")
 
     def _store_changed(self, available: bool) -> None:
         self.gate.store_changed(available)

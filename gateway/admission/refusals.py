@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from gateway.errors import GatewayError
+import random
+
+from gateway.errors import GatewayError, NoReplicaAvailable
 from gateway.record import Outcome
+from gateway.starting.prospects import Prospect
 from gateway.store.places import Entry
 
 _REASONS = {
@@ -29,6 +32,21 @@ class QueueFull(GatewayError):
             self.status = 429
             self.code = "queue_full"
             self.type = "requests"
+
+
+class Starting(NoReplicaAvailable):
+    """Its pool has no replica yet, and it may not, or need not, wait for the first one."""
+
+    code = "model_starting"
+
+    def __init__(self, prospect: Prospect, waited_s: float | None = None) -> None:
+        """`waited_s`: how long it has waited; None: not at all. When to come back is up to a fifth later than the
+        replica is expected, so that not all come at once."""
+        waited = "" if waited_s is None else f", and none was ready within {waited_s:.1f} s"
+        super().__init__(
+            f"The model has no replica yet{waited}: {prospect.said}.",
+            retry_after_s=prospect.left_s * random.uniform(1.0, 1.2),
+        )
 
 
 class PriceUnknown(GatewayError):

@@ -66,6 +66,11 @@ class Visit(msgspec.Struct, eq=False):
         self.max_wait_s = max(0.0, min(self.order.route.pool.settings.queue.max_wait_s, deadline - now))
 
     @property
+    def shut_out(self) -> bool:
+        """Its pool had no replica when it came, and was to get one."""
+        return self.room is not None and not self.room.requests
+
+    @property
     def in_line(self) -> bool:
         """It waits for its place."""
         return self.waiter is not None and not self.waiter.done() and not self.granted

@@ -28,6 +28,22 @@ def longest_wait_s(order: Order, queue: Queue, ttft_s: float, spent_s: float) ->
     return min(left_s, max(0.0, deadline_s * SHARE_OF_DEADLINE - spent_s), queue.max_wait_s)
 
 
+START_WAIT_S = 300.0
+"""For the first replica of a pool, where its settings name no time: most models are loaded by then."""
+
+
+def longest_start_wait_s(order: Order, queue: Queue, ttft_s: float, spent_s: float) -> float:
+    """The same for a pool that has no replica yet: as long as `start_wait_s` allows, and what is left of the deadline
+    after `spent_s` and a usual time to first token. Flexible requests wait as long as the last allows."""
+    deadline_s = order.total_s
+    if order.read_timeout_s is not None and not order.request.stream:
+        deadline_s = min(deadline_s, order.read_timeout_s)
+    left_s = max(0.0, deadline_s - spent_s - ttft_s)
+    if order.flexible:
+        return left_s
+    return min(left_s, START_WAIT_S if queue.start_wait_s is None else queue.start_wait_s)
+
+
 class ToldWaits:
     """What the lines have said last of how long a request would wait, by pool and class. One worker's."""
 

@@ -266,6 +266,12 @@ class Queue(Section):
         description="Seconds a request may wait; one that is predicted to wait longer is refused at once. Thirty are "
         "what people bear. Deadlines shorten it; `flex` requests wait as long as they may run.",
     )
+    start_wait_s: Annotated[Number, Field(ge=0, le=HOUR_S)] | None = Field(
+        default=None,
+        description="Seconds a request may wait for the first replica of a pool that has none and gets one; 0: none "
+        "waits. Null: 300, where replicas start or `scaling` has a provider that acts; with a number also where others "
+        "act on what `scaling` wants. Deadlines shorten it.",
+    )
     max_tokens: Annotated[Whole, Field(ge=1, le=1_000_000_000)] | None = Field(
         default=None,
         description="Tokens of KV cache that requests may take on each replica, prompt and reserved output together. "

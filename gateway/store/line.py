@@ -125,7 +125,7 @@ class Line:
         self._seen[gateway] = now_us
         place = self._held.pop(id, None)
         if place is not None:
-            if self._waiting or self._running >= room.requests:
+            if room.requests and (self._waiting or self._running >= room.requests):
                 self._measure(now_us)
             else:
                 self._released_us = 0
@@ -154,6 +154,8 @@ class Line:
     def renew(self, gateway: str, held: Sequence[Ticket], waiting: Sequence[str], room: Room, now_us: int) -> Renewal:
         """See `Places.renew`. A place that was granted to a waiting request is confirmed by being in `held`."""
         self._seen[gateway] = now_us
+        if not room.requests:
+            self._released_us = 0
         ends_us = now_us + room.lease_us
         for ticket in held:
             place = self._held.get(ticket.id)
@@ -199,6 +201,8 @@ class Line:
     # ---- entering when not everybody can be served ----
 
     def _enter_line(self, ticket: Ticket, room: Room, now_us: int) -> Entry:
+        if not room.requests:  # nobody is there to be released: the time until somebody is is no pace
+            self._released_us = 0
         if self._waiting:
             self._bury(room, now_us)
         waiter = self._queued.get(ticket.id)

@@ -40,6 +40,7 @@ local function enter_line(open)
     return all
   end
 
+  if room[PLACES] == 0 then s[RELEASED] = 0 end
   if sum(WAITING) > 0 then bury(room) else open_queue() end
   local entry = call('HGET', QUEUED, id)
   if entry then

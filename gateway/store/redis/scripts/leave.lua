@@ -18,7 +18,7 @@ open_state()
 see(gateway)
 local ticket = call('HGET', HELD, id)
 if ticket then
-  if sum(WAITING) > 0 or sum(RUNNING) >= room[PLACES] then measure() else s[RELEASED] = 0 end
+  if room[PLACES] > 0 and (sum(WAITING) > 0 or sum(RUNNING) >= room[PLACES]) then measure() else s[RELEASED] = 0 end
   give_back(unpack_(ticket), tonumber(ARGV[6]))
 elseif sum(WAITING) > 0 then
   local entry = call('HGET', QUEUED, id)

@@ -4,6 +4,7 @@
 local prefix, pool, room, gateway, count = ARGV[1], ARGV[2], unpack_(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 open_state()
 see(gateway)
+if room[PLACES] == 0 then s[RELEASED] = 0 end
 local ends = now + room[LEASE]
 local ends_text = whole(ends)
 for a = 6, 5 + 2 * count, 2 do
