@@ -15,6 +15,9 @@ class Origin:
 
     `host` is lower-case and carries no brackets: `::1`, not `[::1]`. With `uds` set, the host is only a name
     for the Host header, and the port is 0.
+
+    A name that ends in a dot (`engine.svc.cluster.local.`) is absolute: it is looked up as it stands, without the
+    resolver's search domains. The server is told, and its certificate is compared with, the name without that dot.
     """
 
     scheme: str
@@ -62,9 +65,15 @@ class Origin:
     @property
     def host_header(self) -> bytes:
         """Value of the Host header; the port is left out when it is the scheme's own (RFC 9110 7.2)."""
+        name = f"[{self.host}]" if ":" in self.host else self.server_name
         if self.uds is not None or self.port == DEFAULT_PORTS[self.scheme]:
-            return self._bracketed.encode("ascii")
-        return f"{self._bracketed}:{self.port}".encode("ascii")
+            return name.encode("ascii")
+        return f"{name}:{self.port}".encode("ascii")
+
+    @property
+    def server_name(self) -> str:
+        """For TLS, which knows no absolute names (RFC 6066 §3), and certificates name none."""
+        return self.host.removesuffix(".")
 
     @property
     def _bracketed(self) -> str:

@@ -209,7 +209,7 @@ class ConnectionPool:
             await loop.create_unix_connection(lambda: wire, origin.uds)
             return
         addresses = await self._addresses.get()
-        name = None if self._ssl is None else origin.host
+        name = None if self._ssl is None else origin.server_name
         try:
             sock = await connect_first(addresses)
         except BaseException:  # running out of time is one of the ways

@@ -38,6 +38,7 @@ from backends.ticker import Ticker
 HIGH_WATER_BYTES: Final = 65536
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
+_FINAL_DOT = re.compile(rb"\.(?=:\d+$|$)")  # of an absolute name, which is for the resolver: see `Origin`
 _FORBIDDEN = re.compile(rb"[\x00\r\n]")  # RFC 9110 5.5: would end the header early
 
 
@@ -234,6 +235,8 @@ async def _serialise(request: httpx2.Request) -> list[bytes]:
         elif lowered == b"transfer-encoding":
             announced = b"%d" % len(body)
         else:
+            if lowered == b"host":
+                value = _FINAL_DOT.sub(b"", value, count=1)
             lines.append(b"%b: %b\r\n" % (name, value))
     if announced is not None:
         if announced != b"%d" % len(body):

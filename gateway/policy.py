@@ -67,6 +67,20 @@ _RANKS: Mapping[Who, int] = {Who.READER: 1, Who.OPERATOR: 2, Who.OWNER: 3}
 ROLES = (Who.REGISTRAR, *_RANKS)
 
 
+class RoleRequired(InvalidRequest):
+    """Somebody known, who may not do this."""
+
+    status = 403
+    code = "role_required"
+
+
+class PoolRefused(InvalidRequest):
+    """A registrar whose token is for other pools."""
+
+    status = 403
+    code = "pool_refused"
+
+
 class Operator(NamedTuple):
     """Somebody whom the admin listener has let in."""
 
@@ -75,13 +89,17 @@ class Operator(NamedTuple):
     `session:admin` has logged in with the owner's token, `oidc:jo@example.org` with an identity provider."""
     role: Who
     how: Literal["token", "session"]
+    pools: frozenset[str] | None = None
+    """The only ones that a registrar may speak for; None: all."""
 
-
-class RoleRequired(InvalidRequest):
-    """Somebody known, who may not do this."""
-
-    status = 403
-    code = "role_required"
+    def speak_for(self, pool: str) -> None:
+        """Raises `PoolRefused` where somebody may not."""
+        if self.pools is not None and pool not in self.pools:
+            raise PoolRefused(
+                f"This is about the pool {pool[:80]!r}, and {self.name} may speak for {', '.join(sorted(self.pools))} "
+                "only (admin.tokens.<name>.pools).",
+                param="pool",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +157,8 @@ class GuardedRoute(Route):
         if needed and (operator is None or not operator.role.includes(self.who)):
             have = "nobody it knows" if operator is None else f"{operator.name}, a {operator.role.value}"
             raise RoleRequired(f"This needs the role {self.who.value}; you are {have}.")
+        if operator is not None and (pool := scope["path_params"].get("pool")) is not None:
+            operator.speak_for(pool)
         if self._admit is not None:
             scope[CALLER] = self._admit(scope)
         await super().handle(scope, receive, send)

@@ -133,6 +133,8 @@ class Registrar:
             follow_redirects=False,
             verify=checking,
             timeout=timeout_s,
+            # Hundreds of replicas ask every few seconds, and the listener has room for 200 connections: none is kept.
+            limits=httpx2.Limits(max_keepalive_connections=0),
             headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "tidegate"},
         )
 

@@ -77,11 +77,6 @@ SLICES = Resource("discovery.k8s.io", "v1", "endpointslices")
 PODS = Resource("", "v1", "pods")
 
 
-def check_installed() -> None:
-    """Raise `ClientMissing` where the extra `kubernetes` is not installed. Imports it: a quarter of a second."""
-    _client()
-
-
 def connect(access: Access, environ: Mapping[str, str] | None = None) -> Cluster:
     """Read who and where we are; nothing is sent yet. Raises `ClientMissing` and `NoAccess`."""
     client = _client()

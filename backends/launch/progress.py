@@ -159,6 +159,9 @@ class StartProgress:
             self.phase, self.progress, self.detail = phase, progress, detail[:DETAIL_CHARS]
 
 
+PORT_IN_USE: Final = "the port is in use"
+"""How `why_it_ended` begins where that was it."""
+
 # Why a server ended, by the words of its log: what people call it, and how it is recognised. The last line that fits
 # one of them is shown, whichever it is.
 _CAUSES: Final = (
@@ -170,7 +173,7 @@ _CAUSES: Final = (
             re.I,
         ),
     ),
-    ("the port is in use", re.compile(r"address already in use|Failed to bind socket|cannot listen on", re.I)),
+    (PORT_IN_USE, re.compile(r"address already in use|Failed to bind socket|cannot listen on", re.I)),
     ("the hub wants a token (secret_env: HF_TOKEN)", re.compile(r"gated repo|401 Client Error|GatedRepoError", re.I)),
     (
         "the model was not found",

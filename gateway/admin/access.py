@@ -46,7 +46,12 @@ class Access:
     @cached_property
     def _tokens(self) -> list[tuple[bytes, Operator]]:
         known = [
-            (each.token, Operator(f"token:{name}", Who(each.role), "token"))
+            (
+                each.token,
+                Operator(
+                    f"token:{name}", Who(each.role), "token", None if each.pools is None else frozenset(each.pools)
+                ),
+            )
             for name, each in self.settings().tokens.items()
         ]
         if self.owner is not None:

@@ -20,6 +20,7 @@ from gateway.rollups.hub import Hub
 from gateway.rollups.service import Rollups
 from gateway.scaling.service import ScalingService
 from gateway.sources import Source
+from gateway.starting.telling import StartTeller
 from gateway.steering.reading import ConfigReader
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Desk:
         self.costs = Costs(sources, state_dir)
         self.scaling = ScalingService(self)
         """How many replicas there should be."""
+        self._starts = StartTeller(sources, settings, self.members, lambda: self.scaling.helms)
 
     @property
     def settings(self) -> Settings:
@@ -85,6 +87,7 @@ class Desk:
         self._beside = [
             loop.create_task(self._drains.run(), name="drains of members"),
             loop.create_task(self.registrations.run(), name="registrations"),
+            loop.create_task(self._starts.run(), name="starts"),
         ]
         await self.scaling.start()
 

@@ -11,6 +11,7 @@ from gateway.agent.crew import Add, Crew, Release, Seat
 from gateway.agent.keeping import Keeper, Leave, Limits, Phase, Say
 from gateway.agent.places import Room
 from gateway.agent.plans import plan_of
+from gateway.agent.ports import advice
 from gateway.agent.server import Plan, Server
 from gateway.agent.times import StartTimes
 from gateway.config import Backend, Settings
@@ -45,6 +46,8 @@ class LaunchedPool:
         self._clock, self._say, self._changed, self._gateways, self._spawn = clock, say, changed, gateways, spawn
         assert self.backend.launch is not None
         self.crew = Crew(self.backend.launch.count, room.capacity)
+        self._warned: str | None = None
+        self._look_at_ports()
 
     @property
     def backend(self) -> Backend:
@@ -67,9 +70,17 @@ class LaunchedPool:
         self.crew.capacity = room.capacity
         if self.backend.launch.count != before.launch.count:
             self.crew.count, self.crew.fewer = self.backend.launch.count, 0
+        self._look_at_ports()
         if _how_started(before) != _how_started(self.backend):
             self._say(self.name, "its `launch` has changed: its servers are started anew, one after the other")
             self.crew.renew()
+
+    def _look_at_ports(self) -> None:
+        """Tell, once, of ports that may be taken away between two starts."""
+        told = advice([self.room.port_of(place) for place in range(self.room.capacity)]) if self.answers else None
+        if told is not None and told != self._warned:
+            self._say(self.name, told)
+        self._warned = told
 
     def turn(self) -> None:
         """Whatever is to be done now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,10 @@ from backends.dialects import Dialect
 from backends.dialects.protocol import NotOffered, Readiness
 from backends.discovery.member import Member, State
 from backends.discovery.registrar import Lease
-from backends.launch.progress import StartProgress, why_it_ended
+from backends.launch.progress import PORT_IN_USE, StartProgress, why_it_ended
 from backends.side import SideChannel, SideChannelError
 from gateway.agent.keeping import Answered, Doomed, Empty, Event, Exited, Keeper, Phase, Say, Silent
+from gateway.agent.ports import who_has
 from gateway.agent.process import ServerProcess, StartError
 
 logger = logging.getLogger("tidegate")
@@ -27,6 +29,7 @@ READY_LOOK_S: Final = 2.0
 READ_S: Final = 0.5
 IDLE_LOOKS: Final = 3
 """Reports of the engine in a row that nothing runs, after which it is believed where no gateway can be asked."""
+_BIND_ERROR: Final = "address already in use"
 _SHOWN_PHASES = ("downloading", "loading", "compiling", "warming")
 
 
@@ -162,7 +165,7 @@ class Server:
         try:
             plan = self.current = self._plan()
             self._progress = StartProgress(plan.engine)
-            _check_free(plan)
+            await _check_free(plan)
             process = self.process = await ServerProcess.start(plan.command, self.log, plan.environ)
         except StartError as error:
             self.post(Exited(str(error)))
@@ -183,18 +186,20 @@ class Server:
                 process.kill()
         # What is killed has no last words; the line before would be taken for them.
         why = "" if "SIGKILL" in how else why_it_ended(await asyncio.to_thread(process.log.last))
+        if why.startswith(PORT_IN_USE):
+            why += await _who_has(plan)
         self.process = None
         self.post(Exited(how, why))
 
     async def _watched(self, process: ServerProcess, plan: Plan) -> str:
         async with asyncio.TaskGroup() as group:
-            watching = [group.create_task(self._read(process)), group.create_task(self._look(plan))]
+            watching = [group.create_task(self._read(process, plan)), group.create_task(self._look(plan))]
             how = await process.ended()
             for task in watching:
                 task.cancel()
         return how
 
-    async def _read(self, process: ServerProcess) -> None:
+    async def _read(self, process: ServerProcess, plan: Plan) -> None:
         """Follow its log: for its progress, and so that it stays of bounded size."""
         while True:
             shown = self._progress.phase
@@ -205,7 +210,8 @@ class Server:
                         shown = self._progress.phase
                         self._say(self.name, shown)
             if self._progress.doomed and self.keeper.phase is Phase.STARTING:
-                self.post(Doomed(f"said that it cannot start ({self._progress.detail})"))
+                who = await _who_has(plan) if _BIND_ERROR in self._progress.detail else ""
+                self.post(Doomed(f"said that it cannot start ({self._progress.detail}){who}"))
             await asyncio.sleep(READ_S)
 
     async def _look(self, plan: Plan) -> None:
@@ -249,7 +255,7 @@ async def _idle(plan: Plan, side: SideChannel) -> bool:
     return load.running == 0 and not load.waiting
 
 
-def _check_free(plan: Plan) -> None:
+async def _check_free(plan: Plan) -> None:
     """Somebody else's server on the port would be taken for ours. Raises `StartError`."""
     if not plan.answers:
         return
@@ -259,4 +265,11 @@ def _check_free(plan: Plan) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(places[0][4])
     except OSError as error:
-        raise StartError(f"was not started: {plan.host}:{plan.port}: {error.strerror or error}") from error
+        who = await _who_has(plan) if error.errno == errno.EADDRINUSE else ""
+        raise StartError(f"was not started: {plan.host}:{plan.port}: {error.strerror or error}{who}") from error
+
+
+async def _who_has(plan: Plan) -> str:
+    """In brackets, after the words for a port that is in use."""
+    who = await asyncio.to_thread(who_has, plan.host, plan.port)
+    return f" ({who})" if who else ""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import SecretStr
 from pydantic_core import PydanticCustomError
 
 from gateway.config.discovery_checks import check_discovery
 from gateway.config.launch_checks import check_launch
+from gateway.config.operators import PersonRole
 from gateway.config.overload import Overload
 from gateway.config.problems import Finding, Path, did_you_mean, looks_secret, show_path, shown
 from gateway.config.routing_checks import check_routing
@@ -138,10 +139,29 @@ def _admin_token(data: dict[str, Any]) -> Iterator[Finding]:
             )
         if (first := seen.setdefault(value, path)) != path:
             yield Finding(path, f"is the same token as {show_path(first)}", "make another with: openssl rand -hex 32")
+    for name in _mapping(admin, "tokens"):
+        yield from _token_pools(data, name, _mapping(admin["tokens"], name))
     oidc = _mapping(admin, "oidc")
     scopes = oidc.get("scopes")
     if isinstance(scopes, list | tuple) and "openid" not in scopes:
         yield Finding(("admin", "oidc", "scopes"), "openid is not among them", "add openid")
+
+
+def _token_pools(data: dict[str, Any], name: str, token: dict[str, Any]) -> Iterator[Finding]:
+    """Pools narrow a registrar only: other roles see and steer the gateway as a whole."""
+    pools, path = token.get("pools"), ("admin", "tokens", name, "pools")
+    if pools is None:
+        return
+    if token.get("role") in get_args(PersonRole):
+        yield Finding(
+            path,
+            f"the role is {shown(token.get('role'))}, and only a registrar's token can be for some pools",
+            "leave it out, or write role: registrar",
+        )
+    known = _mapping(data, "backends")
+    for index, pool in enumerate(pools if isinstance(pools, list | tuple) else ()):
+        if isinstance(pool, str) and pool not in known:
+            yield Finding((*path, index), f"no backend is called {shown(pool)}", did_you_mean(pool, known))
 
 
 def _sizes(data: dict[str, Any]) -> Iterator[Finding]:

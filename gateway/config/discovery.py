@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from gateway.config.prices import Price
 from gateway.config.problems import shown, wrong
 from gateway.config.replicas import Engine, KvEvents
-from gateway.config.values import HOUR_S, FilePath, Host, ModelName, Number, Region, Section, Whole
+from gateway.config.values import HOUR_S, FilePath, Host, LookedUpName, ModelName, Number, Region, Section, Whole
 
 PRIVATE_NETWORKS = (
     "127.0.0.0/8",
@@ -43,8 +43,9 @@ def _network(value: str) -> str:
 class Dns(Section):
     """Replicas by name: every address (A, AAAA) or every target (SRV) of the name is one."""
 
-    name: Host = Field(
-        description="The name to look up, such as a headless service; of SRV records the whole name.",
+    name: LookedUpName = Field(
+        description="The name to look up, such as a headless service; of SRV records the whole name. With a dot at its "
+        "end it is looked up as it stands, without the system's search domains.",
         examples=["sglang.models.internal"],
     )
     record: Literal["a", "srv"] = Field(

@@ -54,6 +54,14 @@ class AdminToken(Section):
     token: Secret = Field(
         description="The token, at least 16 bytes, as a reference {env: NAME} or {file: PATH}; no two may be the same."
     )
+    pools: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1000,
+        description="Of a registrar: the only pools that it may register replicas in and launch servers of, by their "
+        "names under `backends`. Null: all that take registrations.",
+        examples=[["chat", "chat-small"]],
+    )
 
 
 class Sessions(Section):

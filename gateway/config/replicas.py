@@ -222,7 +222,9 @@ class Replica(Section):
     url: ReplicaUrl = Field(
         description="Address of the engine: http, https, or http+unix with the socket's path "
         "percent-encoded. "
-        "A path before a final /v1 is kept; /v1 itself may be written or left out.",
+        "A path before a final /v1 is kept; /v1 itself may be written or left out. A host that ends in a dot is looked "
+        "up as it stands, without the system's search domains; the engine is told, and its certificate compared with, "
+        "the name without it.",
         examples=["http://127.0.0.1:30000"],
     )
     engine: Engine | None = Field(

@@ -63,6 +63,13 @@ def checked_host(text: str) -> str:
     return text
 
 
+def _looked_up(text: str) -> str:
+    """A name may end in a dot, which says that it is whole: no search domain is tried."""
+    if text.endswith(".") and re.search(r"[A-Za-z_]", text):
+        return checked_host(text.removesuffix(".")) + "."
+    return checked_host(text)
+
+
 def _path(value: Any) -> Any:
     if isinstance(value, str) and (not value.strip() or "\0" in value):
         raise wrong("the path is empty", "write a path, or leave the setting out")
@@ -133,6 +140,7 @@ OptionalName = Annotated[
 """A name that something else fills in: null and nothing are kept as an empty text."""
 
 Host = Annotated[str, AfterValidator(checked_host)]
+LookedUpName = Annotated[str, AfterValidator(_looked_up)]
 HostName = Annotated[
     str,
     Field(pattern=r"^(\*|\.?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?|\[?[0-9A-Fa-f:.]+\]?)$"),

@@ -37,7 +37,9 @@ RENEWALS_IN_A_LEASE = 3
 LOOK_S = 0.5
 """How often notices of other gateways, and the ends of leases, are looked for."""
 STATES_HOLD_S = 0.5
-"""How long what workers say of their replicas is good enough for the next who asks."""
+"""How long what workers say of their replicas is good enough for the next who asks, and is not about to go."""
+STATES_TIMES, STATES_HOLD_MOST_S = 9, 5.0
+"""Or so many times what asking took, for as long at most: of thousands of replicas it takes a good part of a second."""
 SETTLE_S = 2.0
 HOLDER = secrets.token_hex(6)
 LIVENESS_S = 5.0
@@ -74,6 +76,7 @@ class Registrations:
         self._sources = sources
         self._settings = settings
         self._states: tuple[float, list[dict[str, Any] | None]] = (0.0, [])
+        self._states_hold_s = STATES_HOLD_S
         self._asking = asyncio.Lock()
         self._store_is_there = True
 
@@ -123,11 +126,14 @@ class Registrations:
         backend = self._backend(pool)
         ttl_s = ttl_of(backend)
         posted = Posted(member, ttl_s, secrets.token_hex(6))
+        is_new = self.before(pool, member.name) is None
         changed = self._members.registry.take_first(pool, member.name, posted, time.monotonic())
         if changed:
             self._members.recompute()
         await self._tell(pool, member.name, posted)
-        if changed:
+        # Of thousands that join at once each would wait for a reload, and a few at a time come to as many reloads. One
+        # that was known before may be waited for: by a rolling restart, say.
+        if changed and not (is_new and self._members.storming):
             await self._members.settled(SETTLE_S)
         in_flight, empty, draining = await self._at(pool, member)
         return LeaseAnswer(ttl_s, ttl_s / RENEWALS_IN_A_LEASE, member.state, in_flight, empty, draining)
@@ -176,7 +182,7 @@ class Registrations:
         """Requests under way at a member, whether it is empty, and whether it is drained, as all workers say."""
         found: list[dict[str, Any]] = []
         silent = False
-        for answer in await self._fleet(0.0 if member.state == "draining" else STATES_HOLD_S):
+        for answer in await self._fleet(0.0 if member.state == "draining" else self._states_hold_s):
             if answer is None:
                 silent = True
                 continue
@@ -190,9 +196,12 @@ class Registrations:
     async def _fleet(self, age_s: float) -> list[dict[str, Any] | None]:
         async with self._asking:
             at_s, answers = self._states
-            if time.monotonic() - at_s > age_s or not answers:
+            began_s = time.monotonic()
+            if began_s - at_s > age_s or not answers:
                 answers = [state for _, state in await ask_all(self._sources, lambda source: source.fleet())]
-                self._states = (time.monotonic(), answers)
+                self._states = (now_s := time.monotonic(), answers)
+                hold_s = STATES_TIMES * (now_s - began_s)
+                self._states_hold_s = min(max(STATES_HOLD_S, hold_s), STATES_HOLD_MOST_S)
             return answers
 
     # -- other gateways, and time

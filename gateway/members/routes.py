@@ -16,7 +16,7 @@ from gateway.members.merge import REGISTRATION
 from gateway.members.places import accepting
 from gateway.members.registering import LeaseAnswer, RegistrationRefused, UnknownPool
 from gateway.operations import body_of, json_response
-from gateway.policy import About, GuardedRoute, Who
+from gateway.policy import About, GuardedRoute, PoolRefused, Who
 
 MAX_BODY_BYTES = 16_384
 LIVE_S = 1.0
@@ -27,7 +27,7 @@ def routes(desk: Desk) -> list[GuardedRoute]:
     view = _View(desk)
     desk.hub.topic("members", LIVE_S, view.live)
     path = "/admin/registrations/{pool}/{name}"
-    errors = (UnknownPool, RegistrationRefused)
+    errors = (UnknownPool, RegistrationRefused, PoolRefused)
     return [
         GuardedRoute("/admin/members", view.members, Who.READER, methods=["GET"]),
         GuardedRoute(
@@ -37,7 +37,9 @@ def routes(desk: Desk) -> list[GuardedRoute]:
             methods=["PUT"],
             about=About(body=Member, answer=LeaseAnswer, errors=errors),
         ),
-        GuardedRoute(path, view.leave, Who.REGISTRAR, methods=["DELETE"], about=About(errors=(UnknownPool,))),
+        GuardedRoute(
+            path, view.leave, Who.REGISTRAR, methods=["DELETE"], about=About(errors=(UnknownPool, PoolRefused))
+        ),
     ]
 
 

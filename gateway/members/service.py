@@ -23,6 +23,7 @@ from gateway.config.found import Found
 from gateway.members import kept
 from gateway.members.drains import Drains
 from gateway.members.merge import REGISTRATION, Known, Placed, placed
+from gateway.members.pace import Pace
 from gateway.members.places import accepting, not_here, ttl_of
 from gateway.members.registry import Registry
 from gateway.members.sources import sources_of
@@ -32,8 +33,6 @@ logger = logging.getLogger("tidegate")
 
 FIRST_LOOK_S = 2.0
 """How long a start waits for the sources' first answers. One that does not answer is heard later."""
-GATHER_S, LONGEST_GATHER_S = 0.1, 2.0
-"""Changes that come one upon the other are put into force together."""
 AGAIN_S = 5.0
 """After what was found could not be put into force: a file that is missing may be back."""
 LOOK_S = 1.0
@@ -82,6 +81,7 @@ class Members:
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
+        self._pace = Pace()
         self._problem = ""
         """Why what was found could not be put into force at the last attempt."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -166,6 +166,11 @@ class Members:
         """Wait until what is known is in force, but not for long."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), within_s)
+
+    @property
+    def storming(self) -> bool:
+        """Whether so many come that what changes now is put into force later than usual."""
+        return self._pace.storming(time.monotonic())
 
     # -- sources
 
@@ -258,14 +263,14 @@ class Members:
     # -- putting into force
 
     async def _follow_changes(self) -> None:
-        took_s = 0.0
         while True:
             await self._changed.wait()
             # Thousands that come one by one are not to keep the gateway from doing anything else.
-            await asyncio.sleep(max(GATHER_S, took_s))
+            await asyncio.sleep(self._pace.pause_s(time.monotonic()))
             began_s = time.monotonic()
             await self._put_in_force()
-            took_s = min(time.monotonic() - began_s, LONGEST_GATHER_S)
+            ended_s = time.monotonic()
+            self._pace.reloaded(ended_s, ended_s - began_s)
 
     async def _put_in_force(self) -> None:
         assert self._reader is not None

@@ -16,6 +16,8 @@ from backends.origin import Origin
             "engine.internal:80",
         ),
         ("http://h:80", Origin("http", "h", 80), b"h", "h:80"),
+        ("https://h.test.:8", Origin("https", "h.test.", 8), b"h.test:8", "h.test.:8"),
+        ("https://h.test.", Origin("https", "h.test.", 443), b"h.test", "h.test.:443"),
         ("https://h", Origin("https", "h", 443), b"h", "h:443"),
         ("https://h:443", Origin("https", "h", 443), b"h", "h:443"),
         ("https://h:80", Origin("https", "h", 80), b"h:80", "h:80"),

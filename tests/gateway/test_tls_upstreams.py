@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backends.addresses import resolved
+from backends.side import SideChannel
 from gateway.config import ConfigError, load
 from tests.backends.scripted import Peer, scripted
 from tests.support.http import ask
@@ -52,6 +55,41 @@ async def test_engines_that_ask_for_a_certificate_get_one(certificates: Certific
                 reply = await ask(gateway, CHAT)
                 assert reply.status == 502
                 assert b"hi" not in reply.body
+
+
+async def test_an_absolute_name_is_looked_up_whole_and_told_without_its_dot(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 6066 §3. curl does so with certificates; httpx with a dot finds that no certificate fits."""
+    looked_up, names, hosts = [], [], []
+
+    def look_up(host: str, port: int) -> Any:
+        looked_up.append(host)
+        return resolved("127.0.0.1", port)
+
+    async def note(peer: Peer) -> None:
+        request = await peer.request()
+        hosts.append((request.partition(b" ")[0], re.findall(rb"(?i)\r\nhost: (.*)\r\n", request)))
+        await peer.send(OK)
+
+    monkeypatch.setattr("backends.addresses.resolved", look_up)
+    context = engine_side(certificates)
+    context.verify_mode = ssl.CERT_NONE
+    context.sni_callback = lambda _, name, __: names.append(name)
+    async with scripted(note, ssl_context=context) as engine:
+        port = engine.origin.port
+        settings = settings_for([f"https://LocalHost.:{port}"], backend={"tls": {"ca_file": certificates.ca}})
+        async with serving(settings) as gateway:
+            assert (await ask(gateway, CHAT)).status == 200
+        # As probes ask: with the other of the two clients.
+        authority = ssl.create_default_context(cafile=certificates.ca)
+        side = SideChannel(origin=f"https://localhost.:{port}", ssl_context=authority)
+        assert (await side.get("/health")).ok
+        await side.aclose()
+    assert {method for method, _ in hosts} == {b"GET", b"POST"}
+    assert set(looked_up) == {"localhost."}
+    assert set(names) == {"localhost"}
+    assert {host for _, (host,) in hosts} == {b"localhost:%d" % port}
 
 
 async def test_a_renewed_certificate_is_read_at_a_reload(certificates: Certificates, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from gateway.keys.failures import FailedKeys
 from gateway.keys.format import digest, mint
 from gateway.keys.records import KeyRecord, TenantRecord
 from gateway.policy import GuardedRoute, UnguardedRoute, Who, guarded
+from gateway.scaling.agents import PoolReport, Report
 from loadtests.engine import FakeEngine
 from loadtests.rawclient import Reply
 from tests.gateway.admission.keyed import KEY, admitting, keyed
@@ -365,6 +366,50 @@ def test_a_registrar_registers_and_looks_at_nothing_and_a_reader_does_not_regist
     able = [role for role in Who if role.includes(Who.REGISTRAR)]
     assert able == [Who.REGISTRAR, Who.OPERATOR, Who.OWNER]
     assert [needed for needed in Who if Who.REGISTRAR.includes(needed)] == [Who.ANYONE, Who.REGISTRAR]
+
+
+OF_A_TEAM = {"team": {"role": "registrar", "token": SecretStr("team-registrar-0123456789"), "pools": ["own", "also"]}}
+
+
+async def test_a_registrar_of_some_pools_says_nothing_about_others(tmp_path: Path) -> None:
+    """Whatever route of a registrar's names a pool in its path."""
+    async with admin_side(tmp_path, tokens=OF_A_TEAM) as side:
+        headers = bearer("team-registrar-0123456789")
+        routes = [(path, method) for path, table in OPERATORS.items() for method in table if table[method] is REGISTRAR]
+        assert len(routes) == 3
+        for path, method in routes:
+            if "{pool}" not in path:
+                assert path == "/admin/agents/{agent}", "it has to look at its body: see the next test"
+                continue
+            for pool in ("own", "also", "own%2F..%2Fother", "other", "OWN", "own%20"):
+                at = re.sub(r"{\w+}", "x", path.replace("{pool}", pool))
+                answer = await side.client.request(method, at, json={"url": "http://127.0.0.1:1"}, headers=headers)
+                if pool in ("own", "also"):
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_pool")
+                elif answer.status_code != 404 or answer.json()["error"]["code"] == "unknown_pool":
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "pool_refused"), at
+                    assert "token:team may speak for also, own only" in answer.json()["error"]["message"]
+        assert (await side.client.get("/admin/members", headers=headers)).json()["error"]["code"] == "role_required"
+
+
+async def test_an_agent_of_some_pools_reports_no_others_nor_for_an_agent_that_has_them(tmp_path: Path) -> None:
+    async with admin_side(tmp_path, tokens=OF_A_TEAM) as side:
+
+        async def report(agent: str, *pools: str) -> tuple[str, str]:
+            body = {"pools": {pool: {"launched": 1, "max": 2} for pool in pools}}
+            headers = bearer("team-registrar-0123456789")
+            error = (await side.client.put(f"/admin/agents/{agent}", json=body, headers=headers)).json()["error"]
+            return error["code"], error["message"]
+
+        assert (await report("box", "own"))[0] == "no_worker_answers", "there is none here; it was let in"
+        refused = "This is about the pool 'other', and token:team may speak for also, own only"
+        for pools in (("other",), ("own", "other")):
+            code, message = await report("box", *pools)
+            assert (code, message.startswith(refused)) == ("pool_refused", True)
+        side.desk.scaling.agents = {"theirs": Report({"other": PoolReport()}), "ours": Report({"own": PoolReport()})}
+        for body in ((), ("own",)):
+            assert (await report("theirs", *body))[0] == "pool_refused"
+            assert (await report("ours", *body))[0] == "no_worker_answers"
 
 
 async def test_a_route_with_a_role_is_closed_where_nobody_has_found_out_who_asks() -> None:

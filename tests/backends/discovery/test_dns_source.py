@@ -99,6 +99,22 @@ async def test_names_stay_when_others_come_and_go() -> None:
     assert all(before[url] == after[url] for url in before.keys() & after.keys())
 
 
+async def test_an_absolute_name_is_asked_for_as_it_stands(names: DnsServer) -> None:
+    told, asked = Told(), []
+
+    def look_up(host: str, port: int) -> Sequence[str]:
+        asked.append(host)
+        return ["10.0.0.7"]
+
+    await told.look(DnsSource("pods.test.", port=30000, timeout_s=10.0, look_up=look_up))
+    assert (asked, told.urls) == (["pods.test."], ["http://10.0.0.7:30000"])
+    names.services[SERVICE] = [(0, 1, 30000, "a.models.test")]
+    names.addresses["a.models.test"] = ["10.0.0.8"]
+    source = DnsSource(f"{SERVICE}.", record="srv", servers=(ADDRESS,), server_port=names.port, timeout_s=10.0)
+    await told.look(source)
+    assert told.urls == ["http://10.0.0.8:30000"]
+
+
 async def test_an_empty_answer_is_believed_at_the_third_time_in_a_row() -> None:
     told = Told()
     none = socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -29,6 +29,18 @@ async def test_a_replica_is_registered_and_taken_out() -> None:
         assert gateway.members == {}
 
 
+async def test_no_connection_is_kept_between_two_questions() -> None:
+    """A gateway's admin listener has room for 200, and a fleet may have more replicas that register themselves."""
+    async with StandIn() as gateway, Registrar(gateway.url, gateway.token) as registrar:
+        for _ in range(3):
+            await registrar.put("pool", MEMBER)
+            await gateway.until(lambda: gateway.connections == 0)
+        gateway.refusal = (403, "registration_refused", "Not here.")
+        with pytest.raises(RegistrationRefused):
+            await registrar.put("pool", MEMBER)
+        await gateway.until(lambda: gateway.connections == 0)
+
+
 async def test_an_agents_report_is_answered_with_orders() -> None:
     async with StandIn() as gateway, Registrar(gateway.url, gateway.token) as registrar:
         orders = await registrar.report("gpu1", AgentReport(pools={"pool": PoolReport(launched=2, ready=1, max=4)}))

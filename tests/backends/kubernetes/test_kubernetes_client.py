@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.kubernetes.client import Access, check_installed, connect
+from backends.kubernetes.client import Access, connect
 from backends.kubernetes.errors import NoAccess
 from backends.kubernetes.scale import KubernetesScaler
 from tests.support.kubernetes_api import kubeconfig, kubernetes_api, workload
@@ -71,12 +71,14 @@ def test_a_service_account_without_an_authority_is_refused(tmp_path: Path) -> No
         connect(Access(service_account=account(tmp_path)), IN_POD)
 
 
-def test_where_the_client_is_not_installed_the_extra_is_named(tmp_path: Path) -> None:
+def test_where_the_client_is_not_installed_the_extra_is_named() -> None:
+    """For who comes as far as this: the configuration looks for it too, without importing it, and says so first
+    (tests/gateway/config/test_discovery_checks.py)."""
     program = (
         "import sys; sys.modules['kubernetes'] = None\n"
-        "from backends.kubernetes.client import check_installed\n"
+        "from backends.kubernetes.client import Access, connect\n"
         "from backends.kubernetes.errors import ClientMissing\n"
-        "try: check_installed()\n"
+        "try: connect(Access(), {})\n"
         "except ClientMissing as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -87,4 +89,3 @@ def test_nothing_is_imported_before_it_is_needed() -> None:
     program = "import sys, backends.discovery.kubernetes, backends.kubernetes.scale; print('kubernetes' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    check_installed()

@@ -516,6 +516,21 @@ def test_fields_of_another_kind_are_reported_as_such(tmp_path: Path, fields: str
         ({"oidc": {**OIDC, "scopes": ["email"]}}, "admin.oidc.scopes", "openid"),
         ({"oidc": {**OIDC, "roles": {"oncall": "admin"}}}, "admin.oidc.roles.oncall", "reader"),
         ({"session": {"lifetime_s": 86400}}, "admin.session.lifetime_s", "28800"),
+        (
+            {"tokens": {"ci": {"role": "operator", "token": {"env": "LONG"}, "pools": ["pool"]}}},
+            "admin.tokens.ci.pools",
+            "only a registrar's token",
+        ),
+        (
+            {"tokens": {"ci": {"role": "registrar", "token": {"env": "LONG"}, "pools": ["pol"]}}},
+            "admin.tokens.ci.pools[0]",
+            "did you mean pool?",
+        ),
+        (
+            {"tokens": {"ci": {"role": "registrar", "token": {"env": "LONG"}, "pools": []}}},
+            "admin.tokens.ci.pools",
+            "is empty",
+        ),
     ],
 )
 def test_operators_that_cannot_be_meant_so(tmp_path: Path, admin: dict[str, Any], path: str, said: str) -> None:

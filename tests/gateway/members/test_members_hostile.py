@@ -70,6 +70,37 @@ async def test_a_pool_that_takes_no_registrations_any_more_loses_those_it_has(tm
         await gateway.until({"fixed"})
 
 
+async def test_a_machine_of_one_team_neither_joins_another_teams_pool_nor_takes_its_replicas_out(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "token").write_text(token := "token-of-team-a-0123456789")
+    pool = {"engine": "openai", "discovery": {"registration": {"ttl_s": 60}}}
+    tokens = {"team-a": {"role": "registrar", "token": {"file": str(tmp_path / "token")}, "pools": ["a"]}}
+    models = {"m": {"backend": "a"}, "n": {"backend": "b"}}
+    backends = {"a": pool, "b": pool}
+    async with side(tmp_path, backends=backends, models=models, admin={"port": 0, "tokens": tokens}) as gateway:
+
+        async def as_team(method: str, where: str, body: Any = None) -> tuple[int, str]:
+            url = f"{gateway.admin_url}/admin/{where}"
+            answer = await gateway.client.request(method, url, json=body, headers={"authorization": f"Bearer {token}"})
+            return answer.status_code, answer.json().get("error", {}).get("message", "")
+
+        mine = {"url": "http://127.0.0.1:9"}
+        assert (await gateway.admin("PUT", "/admin/registrations/b/theirs", mine)).status_code == 200
+        assert (await as_team("PUT", "registrations/a/mine", mine))[0] == 200
+        for method, name, body in (("PUT", "mine", mine), ("PUT", "theirs", mine), ("DELETE", "theirs", None)):
+            status, message = await as_team(method, f"registrations/b/{name}", body)
+            assert (status, "'b'" in message) == (403, True), message
+        assert (await as_team("PUT", "agents/box", {"pools": {"b": {"launched": 1}}}))[0] == 403
+        assert (await as_team("PUT", "agents/box", {"pools": {"a": {"launched": 1}}}))[0] == 200
+        pools = (await gateway.admin("GET", "/admin/members")).json()["pools"]
+        assert {each["pool"]: [one["name"] for one in each["members"]] for each in pools} == {
+            "a": ["mine"],
+            "b": ["theirs"],
+        }
+        assert (await as_team("DELETE", "registrations/a/mine"))[0] == 200
+
+
 async def test_a_gateway_goes_by_its_own_networks_whatever_another_one_has_let_in(tmp_path: Path) -> None:
     with RedisServer() as redis:
         async with AsyncExitStack() as stack:

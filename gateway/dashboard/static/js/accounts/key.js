@@ -5,13 +5,11 @@ import { useData } from "../lib/data.js";
 import { notify, notifyError } from "../lib/notify.js";
 import { Badge, Button, CopyText, ErrorBox, Loading, useConfirm } from "../lib/parts.js";
 import { may } from "../lib/session.js";
-import { Conflict, KeyFields, differing, keyChanges, keyShown } from "./forms.js";
+import { EditForm, useEditor } from "./editor.js";
+import { KeyFields, keyChanges, keyShown } from "./forms.js";
 
 const TONES = { valid: "good", disabled: "off", expired: "warn" };
 export const KeyState = ({ state }) => html`<${Badge} tone=${TONES[state]}>${state}<//>`;
-
-/** Undoes a change by its entry in the audit, and shows what came of it. */
-export const undoing = (changed, after) => async () => { await post(`undo/${changed.audit_id}`); after(); };
 
 /** Shows the text of a new key, once; resolves when it was put away. */
 export function showOnce(key, title) {
@@ -72,42 +70,12 @@ export function KeyDetail({ id, onChanged, onGone }) {
 }
 
 function KeyEditor({ record, onSaved, onUndone, onGone }) {
-  const [values, setValues] = useState(() => keyShown(record));
-  const [error, setError] = useState(null);
-  const [busy, setBusy] = useState(false);
-  const [theirs, setTheirs] = useState(null);
   const confirm = useConfirm();
   const owner = may("owner");
   const path = `keys/${encodeURIComponent(record.id)}`;
-  useEffect(() => setValues(keyShown(record)), [record.version]);
-  const changes = keyChanges(keyShown(record), values);
-  const dirty = Object.keys(changes).length > 0;
   const called = record.name || record.id;
+  const editor = useEditor({ record, path, called, write: patch, shown: keyShown, changes: keyChanges, onSaved, onUndone });
 
-  const done = (saved, said) => {
-    setError(null);
-    setTheirs(null);
-    onSaved(saved);
-    notify(said, { undo: saved.audit_id ? undoing(saved, onUndone) : null });
-  };
-  const save = async (version) => {
-    setBusy(true);
-    try {
-      done(await patch(path, changes, { version }), `Saved ${called}.`);
-    } catch (refused) {
-      if (refused.status === 412) setTheirs(await get(path));
-      else setError(refused);
-    } finally {
-      setBusy(false);
-    }
-  };
-  const turn = async (disabled) => {
-    try {
-      done(await patch(path, { disabled }), `${disabled ? "Disabled" : "Enabled"} ${called}.`);
-    } catch (refused) {
-      notifyError(refused);
-    }
-  };
   const rotate = async () => {
     const body = html`<p>A new key with the same rights takes its place. The old one goes on for a day, so that its holders can
       change over.</p>`;
@@ -141,19 +109,12 @@ function KeyEditor({ record, onSaved, onUndone, onGone }) {
     ${record.raises.length > 0 && html`<p>Raised for a while: ${record.raises.map((each) => html`<span key=${each.until}>
       <code>${JSON.stringify(each.limits)}</code> until ${each.until} </span>`)}</p>`}
     ${owner && html`<div class="actions">
-      ${record.disabled ? html`<${Button} onClick=${() => turn(false)}>Enable<//>` : html`<${Button} onClick=${() => turn(true)}>Disable<//>`}
+      ${record.disabled ? html`<${Button} onClick=${() => editor.turn(false)}>Enable<//>` : html`<${Button} onClick=${() => editor.turn(true)}>Disable<//>`}
       <${Button} disabled=${record.state !== "valid" || record.replaced_by !== null} onClick=${rotate}>Rotate<//>
       <${Button} kind="danger" onClick=${revoke}>Revoke<//>
     </div>`}
-    ${theirs && html`<${Conflict} what=${called} theirs=${differing(record, theirs)}
-      onTheirs=${() => { setTheirs(null); onSaved(theirs); setValues(keyShown(theirs)); }} onMine=${() => save(theirs.version)} />`}
-    <form aria-label=${`Edit ${called}`} onSubmit=${(event) => { event.preventDefault(); save(record.version); }}>
-      <fieldset class="plain-set" disabled=${!owner}>
-        <${KeyFields} values=${values} onChange=${setValues} error=${error} />
-        <${ErrorBox} error=${error} />
-        ${owner && html`<div class="actions"><${Button} kind="primary" type="submit" busy=${busy} disabled=${!dirty}>Save changes<//>
-          ${dirty && html`<${Button} onClick=${() => setValues(keyShown(record))}>Drop them<//>`}</div>`}
-      </fieldset>
-    </form>
+    <${EditForm} editor=${editor} owner=${owner}>
+      <${KeyFields} values=${editor.values} onChange=${editor.setValues} error=${editor.error} />
+    <//>
   </div>`;
 }

@@ -1,12 +1,12 @@
 // One tenant: its share of busy pools, its limits, those of its users; disabled, enabled and removed.
-import { html, useEffect, useState } from "../lib/ui.js";
-import { del, get, put } from "../lib/api.js";
+import { html } from "../lib/ui.js";
+import { del, put } from "../lib/api.js";
 import { useData } from "../lib/data.js";
 import { notify, notifyError } from "../lib/notify.js";
 import { Badge, Button, ErrorBox, Field, Loading, useConfirm } from "../lib/parts.js";
 import { may } from "../lib/session.js";
-import { Conflict, LimitFields, differing, limitsChanged, limitsShown } from "./forms.js";
-import { undoing } from "./key.js";
+import { EditForm, useEditor } from "./editor.js";
+import { LimitFields, limitsChanged, limitsShown } from "./forms.js";
 
 const shownOf = (tenant) => ({
   weight: String(tenant.weight), limits: limitsShown(tenant.limits), user_limits: limitsShown(tenant.user_limits),
@@ -31,42 +31,16 @@ export function TenantDetail({ name, onChanged, onGone }) {
 }
 
 function TenantEditor({ record, onSaved, onUndone, onGone }) {
-  const [values, setValues] = useState(() => shownOf(record));
-  const [error, setError] = useState(null);
-  const [busy, setBusy] = useState(false);
-  const [theirs, setTheirs] = useState(null);
   const confirm = useConfirm();
   const owner = may("owner");
   const path = `tenants/${encodeURIComponent(record.name)}`;
-  useEffect(() => setValues(shownOf(record)), [record.version]);
-  const changes = changesOf(shownOf(record), values);
-  const dirty = Object.keys(changes).length > 0;
+  const editor = useEditor({ record, path, called: record.name, write: put, shown: shownOf, changes: changesOf, onSaved, onUndone });
+  const { values, setValues, error } = editor;
 
-  const done = (saved, said) => {
-    setError(null);
-    setTheirs(null);
-    onSaved(saved);
-    notify(said, { undo: saved.audit_id ? undoing(saved, onUndone) : null });
-  };
-  const save = async (version) => {
-    setBusy(true);
-    try {
-      done(await put(path, changes, { version }), `Saved ${record.name}.`);
-    } catch (refused) {
-      if (refused.status === 412) setTheirs(await get(path));
-      else setError(refused);
-    } finally {
-      setBusy(false);
-    }
-  };
   const turn = async (disabled) => {
     const body = html`<p>None of its ${record.keys} keys lets anybody in while it is disabled. Requests under way go on.</p>`;
     if (disabled && !(await confirm({ title: `Disable ${record.name}?`, body, action: "Disable", danger: true }))) return;
-    try {
-      done(await put(path, { disabled }), `${disabled ? "Disabled" : "Enabled"} ${record.name}.`);
-    } catch (refused) {
-      notifyError(refused);
-    }
+    await editor.turn(disabled);
   };
   const remove = async () => {
     const body = html`<p>Its limits are forgotten. What it has spent stays on record.</p>`;
@@ -88,21 +62,14 @@ function TenantEditor({ record, onSaved, onUndone, onGone }) {
       ${record.disabled ? html`<${Button} onClick=${() => turn(false)}>Enable<//>` : html`<${Button} onClick=${() => turn(true)}>Disable<//>`}
       <${Button} kind="danger" disabled=${record.keys > 0} title=${record.keys > 0 ? "Revoke its keys first" : undefined} onClick=${remove}>Remove<//>
     </div>`}
-    ${theirs && html`<${Conflict} what=${record.name} theirs=${differing(record, theirs)}
-      onTheirs=${() => { setTheirs(null); onSaved(theirs); setValues(shownOf(theirs)); }} onMine=${() => save(theirs.version)} />`}
-    <form aria-label=${`Edit ${record.name}`} onSubmit=${(event) => { event.preventDefault(); save(record.version); }}>
-      <fieldset class="plain-set" disabled=${!owner}>
-        <${Field} label="Weight" hint="Its share of a busy pool; 1 is a tenant like any other." type="number" min="0.01" max="1000" step="any"
-          value=${values.weight} error=${error?.param === "weight" ? error.message : null}
-          onInput=${(event) => setValues({ ...values, weight: event.target.value })} />
-        <${LimitFields} legend="Limits of the tenant as a whole" prefix="limits" values=${values.limits} error=${error}
-          onChange=${(limits) => setValues({ ...values, limits })} />
-        <${LimitFields} legend="Limits of each of its end users" prefix="user_limits" values=${values.user_limits} error=${error}
-          onChange=${(limits) => setValues({ ...values, user_limits: limits })} />
-        <${ErrorBox} error=${error} />
-        ${owner && html`<div class="actions"><${Button} kind="primary" type="submit" busy=${busy} disabled=${!dirty}>Save changes<//>
-          ${dirty && html`<${Button} onClick=${() => setValues(shownOf(record))}>Drop them<//>`}</div>`}
-      </fieldset>
-    </form>
+    <${EditForm} editor=${editor} owner=${owner}>
+      <${Field} label="Weight" hint="Its share of a busy pool; 1 is a tenant like any other." type="number" min="0.01" max="1000" step="any"
+        value=${values.weight} error=${error?.param === "weight" ? error.message : null}
+        onInput=${(event) => setValues({ ...values, weight: event.target.value })} />
+      <${LimitFields} legend="Limits of the tenant as a whole" prefix="limits" values=${values.limits} error=${error}
+        onChange=${(limits) => setValues({ ...values, limits })} />
+      <${LimitFields} legend="Limits of each of its end users" prefix="user_limits" values=${values.user_limits} error=${error}
+        onChange=${(limits) => setValues({ ...values, user_limits: limits })} />
+    <//>
   </div>`;
 }
