@@ -20,7 +20,7 @@ from tests.support.browsing import LOOKS, Problems, new_context, settled, sign_i
 from tests.support.fleet_rig import Rig, fleet_rig
 from tests.support.redis_server import RedisServer
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.quiet
 
 WITHIN_S = 5.0
 GONE_WITHIN_MS = 60_000

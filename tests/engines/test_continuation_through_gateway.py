@@ -22,7 +22,7 @@ from tests.engines.replica import NAME, RUNNING_LIMIT, Replica
 from tests.engines.tap import tapped
 from tests.llamacpp import running_llamacpp
 
-pytestmark = [pytest.mark.engine, pytest.mark.alone]
+pytestmark = [pytest.mark.engine, pytest.mark.quiet]
 
 BEFORE = 3
 """Pieces of text that every client has when the replica is killed."""

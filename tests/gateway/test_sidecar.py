@@ -67,6 +67,7 @@ async def ready_after_s(path: str, gateway_started_at: float) -> float:
                 await asyncio.sleep(0.005)
 
 
+@pytest.mark.alone
 async def test_it_is_ready_within_a_second_and_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     starts, sizes = [], []
     async with engine_on_a_socket(tmp_path) as engine:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from loadtests.ports import free_port
+
 PATIENCE_S = 30.0
 
 
@@ -30,7 +32,7 @@ class StandIn:
     """Status, code and message of every answer, where there is to be none other."""
     raw: bytes | None = None
     """Whole answer instead."""
-    port: int = 0
+    port: int = field(default_factory=free_port)
     members: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name, as registered last."""
     events: list[tuple[str, str]] = field(default_factory=list)
@@ -65,6 +67,11 @@ class StandIn:
                 writer.transport.abort()
             await self._server.wait_closed()
             self._server = None
+
+    @property
+    def connections(self) -> int:
+        """Those that are open."""
+        return len(self._open)
 
     @property
     def url(self) -> str:
@@ -107,6 +114,7 @@ class StandIn:
         finally:
             self._open.discard(writer)
             writer.close()
+            self._changed.set()
 
     def _answer(self, head: str, body: bytes) -> tuple[int, Any]:
         method, path, _ = head.split(" ", 2)

@@ -17,7 +17,7 @@ from loadtests.rawclient import CHAT
 from tests.support.client import connect, post
 from tests.support.process import Gateway, gateway_process, write_config
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.quiet
 
 FILES = 128
 CLIENTS = 200

@@ -253,7 +253,7 @@ async def test_it_samples_by_itself_between_start_and_close() -> None:
     assert overload.level == 3
 
 
-@pytest.mark.alone
+@pytest.mark.quiet
 async def test_an_event_loop_that_is_held_up_again_and_again_sheds_batch_until_it_is_not() -> None:
     overload, _ = worker()
     overload.start(descriptors=1_000_000, unsent=int)

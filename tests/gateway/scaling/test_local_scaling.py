@@ -34,7 +34,7 @@ async def until(
     return row
 
 
-@pytest.mark.alone
+@pytest.mark.quiet
 async def test_load_starts_a_second_llamacpp_and_its_end_stops_one_with_nothing_lost(tmp_path: Path) -> None:
     model = weights()
     assert model is not None, "the demo's weights are not installed; `make test` installs them"

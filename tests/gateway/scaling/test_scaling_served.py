@@ -154,7 +154,7 @@ async def test_a_provider_that_fails_is_said_once_and_tried_again_and_the_loop_g
             await gateway.logged("the provider command acts again")
 
 
-@pytest.mark.alone
+@pytest.mark.quiet
 async def test_of_two_gateways_one_acts_and_the_other_takes_over_and_each_arrival_counts_once(
     tmp_path: Path,
 ) -> None:
