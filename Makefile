@@ -28,7 +28,7 @@ setup := PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 # Ports travel as the environment overrides that every Tidegate command reads.
 ports := $(if $(PORT),TIDEGATE_SERVER__PORT='$(PORT)') $(if $(ADMIN_PORT),TIDEGATE_ADMIN__PORT='$(ADMIN_PORT)')
 
-.PHONY: help run test check bench load faults soak fuzz screenshots audit sbom test-engines lock clean format
+.PHONY: help run test test-compiled check bench load faults soak fuzz screenshots audit sbom test-engines lock clean format
 
 help: ## this list
 	@echo 'Targets:'
@@ -59,6 +59,13 @@ endif
 
 test: $(VENV)/.ready-dev ## every test, a short one on a real engine included (ARGS='-k name')
 	@PYTHON='$(py)' JOBS='$(JOBS)' scripts/test.sh $(ARGS)
+
+# Apart from the sources, in .compiled: docs/adr/0014. Needs a C compiler.
+test-compiled: $(VENV)/.ready-dev ## compile the routing with mypyc, and run its tests and the gateway's on that (5 minutes)
+	@$(py) scripts/compiled.py
+	@cd .compiled && '$(abspath $(py))' -m pytest -q tests/compiled
+	@cd .compiled && '$(abspath $(py))' -m pytest -m 'not slow and not alone and not quiet and not engine' -n '$(JOBS)' \
+	    --dist loadfile --max-worker-restart 0 tests/routing tests/backends tests/gateway/test_*.py $(ARGS)
 
 screenshots: $(VENV)/.ready-dev ## the pictures of the dashboard in docs/images, from the tests that look at every page
 	@CHROMIUM="$$(PYTHON='$(py)' scripts/browser.sh)" SCREENSHOTS=docs/images $(py) -m pytest -q tests/dashboard/test_every_page.py
@@ -112,4 +119,4 @@ lock: $(VENV)/.ready-dev ## rewrite requirements/*.txt (ARGS='--upgrade' moves t
 	@scripts/lock.sh '$(VENV)' $(ARGS)
 
 clean: ## remove the virtual environment and all caches
-	rm -rf '$(VENV)' '$(AUDIT_VENV)' .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	rm -rf '$(VENV)' '$(AUDIT_VENV)' .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .compiled dist build

@@ -21,6 +21,7 @@ from loadtests.ports import free_port
 from loadtests.processes import (
     GATEWAY_CORE,
     LOAD_CORE,
+    ROOT,
     START_S,
     StartFailed,
     pinned,
@@ -34,6 +35,8 @@ MODEL = "bench"
 KEY = "sk-bench-not-a-secret"
 """The API key that the load generators send, to whoever asks for one."""
 REDIS_PORT_FILE = "redis-port"
+COMPILED = ROOT / ".compiled"
+"""Where scripts/compiled.py puts the same sources with the routing compiled to C."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,18 @@ class Peer:
     """A program that must be installed."""
     redis: bool = False
     """It needs a Redis, which gets a port that stands in the folder's `redis-port` and the load's core."""
+    cwd: Path = ROOT
+    """Where it starts, which is where Python finds the gateway."""
 
     @property
     def missing(self) -> str | None:
         """Why this peer cannot run here."""
         if self.program is not None and shutil.which(self.program) is None:
             return f"{self.program} is not installed"
+        if self.cwd == COMPILED:
+            command = python(str(ROOT / "scripts" / "compiled.py"), "--check")
+            if subprocess.run(command, capture_output=True, timeout=60, check=False).returncode:
+                return "these sources are not compiled; python scripts/compiled.py does that"
         return None
 
 
@@ -91,7 +100,7 @@ def serving(peer: Peer, folder: Path) -> Iterator[Running]:
             port = free_port()
             command = peer.prepare(folder, port, ports)
             log = folder / f"{peer.name}.log"
-            with running(command, log=log, core=GATEWAY_CORE, port=port, ready=peer.ready) as pid:
+            with running(command, log=log, core=GATEWAY_CORE, port=port, ready=peer.ready, cwd=peer.cwd) as pid:
                 yield Running(f"http://127.0.0.1:{port}", pid, redis_port)
 
 
@@ -204,6 +213,7 @@ PEERS = {
         Peer("direct", None, "/health"),
         Peer("nginx", _nginx, "/health", "nginx"),
         Peer("tidegate-protocol", functools.partial(tidegate, "protocol"), "/readyz"),
+        Peer("tidegate-compiled", functools.partial(tidegate, "protocol"), "/readyz", cwd=COMPILED),
         Peer("tidegate-asgi", functools.partial(tidegate, "asgi"), "/readyz"),
         Peer("keys+limits-memory", functools.partial(_limited, "memory"), "/readyz"),
         Peer("keys+limits-redis", functools.partial(_limited, "redis"), "/readyz", "redis-server", redis=True),

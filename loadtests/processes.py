@@ -37,13 +37,13 @@ def pinned(core: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], *, log: Path, core: int, port: int, ready: str) -> Iterator[int]:
+def running(command: Sequence[str], *, log: Path, core: int, port: int, ready: str, cwd: Path = ROOT) -> Iterator[int]:
     """Run a server until the block ends; yields its pid once GET ready on the port answers 200."""
     environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
     with log.open("wb") as output, pinned(core):
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=output,

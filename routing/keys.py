@@ -100,7 +100,7 @@ def text_prefix(parts: Sequence[bytes], seed: int, tokens: int) -> Prefix:
     digests: list[Digest] = []
     digest = seed
     for piece in _TEXT_SLICES[:count]:
-        digest = xxh3_64_intdigest(text[piece], digest)
+        digest = xxh3_64_intdigest(text[piece.start : piece.stop], digest)
         digests.append(digest)
     # The last tail, written out: most prompts have no other, or two.
     last = ends[-1] if count else 0
@@ -135,7 +135,7 @@ def token_prefix(tokens: Sequence[int] | bytes, seed: int, turns: Sequence[int] 
     digests: list[Digest] = []
     digest = seed
     for piece in _TOKEN_SLICES[:count]:
-        digest = xxh3_64_intdigest(data[piece], digest)
+        digest = xxh3_64_intdigest(data[piece.start : piece.stop], digest)
         digests.append(digest)
     before = sorted((end for end in set(turns) if 0 < end < total), reverse=True)[: TAILS - 1]
     tails = [(_digest_at(data, end, 4, seed, ends, digests), end) for end in (total, *before)]

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from routing.adapters import Shelf
 from routing.capacity import Meter
+from routing.chooser import Chooser as Chooser
 from routing.credential import Credentials
 from routing.health import Cooldown, Health
 from routing.load import Load
@@ -238,24 +239,6 @@ class View:
     reason: str = ""
     """Why the chosen one, low cardinality; the policy's name where it says nothing."""
     predicted_ttft_ms: float | None = None
-
-
-class Chooser(Protocol):
-    """A policy proper: picks one of the candidates, all of which may be used. Synchronous, without I/O or clock.
-
-    Called once per decision that is acted on, so it may keep state; hard rules are not its business. To explain a
-    decision a deep copy of it is asked, or what its method `rehearsal()` returns, if it has one.
-    """
-
-    name: str
-    wants_prefix: bool
-    """Whether it looks at `View.matches`.
-
-    A policy may also have `weighs_adapters = True`: it counts what loading a LoRA adapter costs. For any other one,
-    requests go where their adapter is as long as a replica that has it may be used.
-    """
-
-    def __call__(self, request: InferenceRequest, candidates: Sequence[Replica], view: View) -> Replica: ...
 
 
 class Policy(Protocol):

@@ -55,6 +55,7 @@ compile requirements/demo.txt pyproject.toml --extra demo requirements/demo.in -
 compile requirements/app.txt pyproject.toml --constraints requirements/dev.txt
 compile requirements/cluster.txt pyproject.toml --extra kubernetes --extra postgres --constraints requirements/dev.txt
 compile requirements/build.txt requirements/build.in --constraints requirements/dev.txt
+compile requirements/compile.txt requirements/compile.in --constraints requirements/dev.txt
 compile requirements/audit.txt requirements/audit.in --constraints requirements/dev.txt
 
 if grep -n 'https\?://\|file:' requirements/*.txt; then

@@ -56,6 +56,10 @@ class Weights:
     tie: float = 0.02
     """Costs closer than this share of the best one's time to first token are equal."""
 
+    def __deepcopy__(self, memo: object) -> Weights:
+        """Itself, since nobody changes one; and compiled, a frozen one cannot be filled after it was made."""
+        return self
+
 
 class Averages(NamedTuple):
     """An average one of the candidates."""
@@ -78,6 +82,10 @@ class Cost:
     def __init__(self, rng: Random, weights: Weights | None = None) -> None:
         self._rng = rng
         self.weights = weights or Weights()
+
+    def __getnewargs__(self) -> tuple[Random, Weights]:
+        """For copies: where this class is compiled, making one calls `__init__`."""
+        return self._rng, self.weights
 
     def __call__(self, request: InferenceRequest, candidates: Sequence[Replica], view: View) -> Replica:
         weights = self.weights
