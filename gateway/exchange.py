@@ -57,6 +57,8 @@ async def serve(call: Call, reply: Reply, runtime: Runtime) -> None:
             runtime.overload.check(order.band)
         if trial is not None:
             order = trial.steered(order, call, caller)
+            if trial.stays:
+                runtime.fallbacks.keep(order, exchange)
         if trial is None or not trial.stays:
             if order.route.reader.takes_long(order.request) and runtime.overflow.reads(order, caller):
                 await asyncio.to_thread(read_prompt, order, exchange)
@@ -139,8 +141,11 @@ async def _answer(call: Call, order: Order, relay: Relay, reply: Reply, visit: V
             replica = decision.replica
             if replica is None or story.exhausted:
                 if visit is not None and replica is None and _some_are_full(decision):
-                    fits = partial(_fits, order, story, relay)
+                    fits = partial(_fits, story, relay)
                     if await runtime.gate.wait_for_replica(visit, relay, fits):
+                        if visit.order is not order:  # a reload has brought other replicas
+                            order = asking.order = visit.order
+                            route, pool = order.route, order.route.pool
                         continue
                 raise asking.broken_off or story.nothing_left(decision, now)
             upstream = pool.upstreams[replica]
@@ -200,7 +205,7 @@ def _resumed(
     return story
 
 
-def _fits(order: Order, story: Attempts, relay: Relay) -> bool:
+def _fits(story: Attempts, relay: Relay, order: Order) -> bool:
     """Whether some replica could take the request now, or there is none, or no reason, that it could wait for."""
     request, replicas, now = order.request, order.route.pool.replicas, time.monotonic()
     if relay.interruption is not None or order.route.router.fits(request, replicas, now, story.tried):

@@ -111,6 +111,17 @@ class Fallbacks:
         chain = self._chains.get(exchange.request_id)
         return order.route.model in self._lists if chain is None else not chain.waits
 
+    def may_leave(self, order: Order, exchange: Exchange, caller: Principal) -> bool:
+        """The same of one that has waited for a place when the last replica leaves; rented ones may be asked then."""
+        chain = self._chains.get(exchange.request_id)
+        if chain is not None:
+            return not chain.waits
+        return order.route.model in self._lists or self._overflow.may_ask(order, exchange, caller)
+
+    def keep(self, order: Order, exchange: Exchange) -> None:
+        """This one is not to be answered by others: it waits where its replicas start."""
+        self._chains[exchange.request_id] = _Chain(order, NoReplicaAvailable(""), [], set(), waits=True)
+
     def instead(
         self, order: Order, exchange: Exchange, caller: Principal, error: GatewayError, now: float
     ) -> Order | None:
@@ -122,9 +133,9 @@ class Fallbacks:
         chain = self._chains.get(exchange.request_id)
         if chain is None:
             entries = self._lists.get(order.route.model)
-            if entries is None:
+            if entries is None and not (isinstance(error, Starting) and error.others_first):
                 return self._overflow.instead(order, exchange, caller, error, now)
-            chain = self._chains[exchange.request_id] = _Chain(order, error, list(entries), set())
+            chain = self._chains[exchange.request_id] = _Chain(order, error, list(entries or ()), set())
         if isinstance(error, Starting) and chain.starting is None and not chain.waits:
             chain.starting = order
         chain.places.add(_place(order.route))
@@ -136,8 +147,13 @@ class Fallbacks:
             chain.first = error
         chain.broken_off += error.code in _BROKEN_OFF
         in_time = now - exchange.started_at < order.total_s
-        if in_time and chain.broken_off < _MOST_BROKEN_OFF and _another_may_answer(error, chain.fallen):
-            other = self._next(chain, order, exchange, caller, error) or self._waiting(chain, order, exchange, error)
+        if in_time and chain.broken_off < _MOST_BROKEN_OFF:
+            other: Order | None = None
+            another = _another_may_answer(error, chain.fallen)
+            if another:
+                other = self._next(chain, order, exchange, caller, error)
+            if other is None and (another or error.code == "queue_full"):  # another pool's line is, where it fell back
+                other = self._waiting(chain, order, exchange, error)
             if other is not None:
                 return other
         if chain.fallen and error.outcome in _REFUSALS:

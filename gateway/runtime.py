@@ -64,6 +64,11 @@ class ByteBudget:
         """A quarter is taken: from now on only callers who are known may take more."""
         return self.used_bytes * 4 > self.limit_bytes
 
+    @property
+    def crowded(self) -> bool:
+        """Half is taken: what may have to be kept for minutes would leave too little for what is answered at once."""
+        return self.used_bytes * 2 > self.limit_bytes
+
     def take(self, size_bytes: int) -> bool:
         """Reserve; False, and nothing reserved, when the limit would be passed."""
         if self.used_bytes + size_bytes > self.limit_bytes:
@@ -134,7 +139,9 @@ class Runtime:
         self.gate.rooms.doors = Doors(Starts(self.notices), lambda name: name in self.fleet.pools)
         self.gate.rooms.latest = lambda pool: self.fleet.pools.get(pool.name, pool)
         self.gate.holding.elsewhere = self.fallbacks.may_ask
+        self.gate.holding.leaves = self.fallbacks.may_leave
         self.body_budget = ByteBudget(settings.server.max_in_flight_bytes)
+        self.gate.holding.crowded = lambda: self.body_budget.crowded
         self.connections_of: Counter[str] = Counter()
         """Clients' connections by address, where those of one are limited."""
         self.overload = Overload(settings.overload, self.body_budget, Random())

@@ -181,6 +181,16 @@ class Overflow:
             model is not None and model.targets_ms[order.band] is not None and _may_leave(order, caller, model.settings)
         )
 
+    def may_ask(self, order: Order, exchange: Exchange, caller: Principal) -> bool:
+        """Whether the rented replicas may be asked for a request whose own have gone; those decide that are then."""
+        model = self._models.get(order.route.model)
+        return (
+            model is not None
+            and exchange.request_id not in self._away
+            and model.targets_ms[order.band] is not None
+            and _may_leave(order, caller, model.settings)
+        )
+
     def instead(
         self, order: Order, exchange: Exchange, caller: Principal, error: GatewayError, now: float
     ) -> Order | None:

@@ -57,7 +57,9 @@ class Doors:
         name = pool.name
         there = False
         for each in pool.replicas:
-            if each.unavailable_reason(now) not in NOT_THERE:
+            reason = each.unavailable_reason(now)
+            # One refused connection says little of an engine at work, and to open again would hold back the rest.
+            if reason not in NOT_THERE or (reason == "cooling_down" and each.in_flight and name not in self._opened_at):
                 there = True
                 break
         if not there:

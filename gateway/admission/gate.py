@@ -280,7 +280,7 @@ class Gate:
         self.visits.pop(visit.id, None)
         self.home.give_back(visit, None, None)
 
-    async def wait_for_replica(self, visit: Visit, relay: Relay, fits: Callable[[], bool]) -> bool:
+    async def wait_for_replica(self, visit: Visit, relay: Relay, fits: Callable[[Order], bool]) -> bool:
         """Wait until a replica that this request may use has room: those that have room now are not for it.
 
         The pool has a place, but in another region, say, or without its adapter. It goes to others meanwhile, and this
@@ -292,7 +292,10 @@ class Gate:
         if visit.ticket is None or time.monotonic() >= ends_at:
             return False
         self.home.give_up_place(visit, None)
-        while not fits():
+        while True:
+            visit.order = self.holding.renewed(visit.order)
+            if fits(visit.order):
+                break
             if time.monotonic() >= ends_at:
                 return False
             await asyncio.sleep(_LOOK_AGAIN_S)
@@ -458,12 +461,17 @@ class Gate:
                     await self._wake.wait()
 
     def _let_go_the_unserved(self) -> None:
-        """There is nothing to wait for at a pool that nobody serves any more: routing tells its requests why."""
+        """There is nothing to wait for at a pool that nobody serves any more: routing tells its requests why. Where
+        another replica is to come, those that have somewhere else to go go there first."""
         now = time.monotonic()
         for visit in self.in_line():
-            unserved = self.rooms.room(visit.order.route.pool, now) is None
-            if unserved and visit.waiter is not None and not visit.waiter.done():
+            if visit.waiter is None or visit.waiter.done():
+                continue
+            room = self.rooms.room(visit.order.route.pool, now)
+            if room is None:
                 visit.waiter.set_result(None)
+            elif not room.requests and (error := self.holding.sent_away(visit)) is not None:
+                visit.waiter.set_exception(error)
 
     def in_line(self) -> Iterable[Visit]:
         """Those that wait, for the dashboard."""

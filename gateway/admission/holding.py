@@ -26,6 +26,7 @@ from gateway.record import Exchange
 
 if TYPE_CHECKING:
     from gateway.admission.visit import Visit
+    from gateway.keys.principal import Principal
     from gateway.relay import Relay
     from gateway.starting.prospects import Prospect
 
@@ -42,6 +43,10 @@ class Holding:
         self._metrics = metrics
         self.elsewhere: Callable[[Order, Exchange], bool] = _nowhere
         """Whether another model or pool is to be asked before a request waits for a start."""
+        self.crowded: Callable[[], bool] = lambda: False
+        """Whether bodies of requests take so much memory that none is to be kept for minutes."""
+        self.leaves: Callable[[Order, Exchange, Principal], bool] = _stays
+        """The same of a request that is in line when the last replica leaves."""
 
     @property
     def soon(self) -> bool:
@@ -59,18 +64,29 @@ class Holding:
         return None if doors is None else doors.prospect(self._rooms.latest(visit.order.route.pool))
 
     def begin(self, visit: Visit) -> None:
-        """It is in line. Raises `Starting` where it has somewhere else to go, or starts are known to take longer than
-        it may wait."""
+        """It is in line. Raises `Starting` where it has somewhere else to go, starts are known to take longer than it
+        may wait, or there is no room to keep it."""
         prospect = self._prospect(visit)
         if prospect is None:
             return
         exchange = visit.exchange
         exchange.predicted_wait_s = prospect.left_s
         if self.elsewhere(visit.order, exchange):
+            raise Starting(prospect, others_first=True)
+        late = prospect.takes_longer(visit.max_wait_s)
+        if late or self.crowded():
+            self._metrics.turned_away(visit.pool, "too_late" if late else "pool_full")
             raise Starting(prospect)
-        if prospect.takes_longer(visit.max_wait_s):
-            self._metrics.turned_away(visit.pool, "too_late")
-            raise Starting(prospect)
+
+    def sent_away(self, visit: Visit) -> Starting | None:
+        """What ends the waiting of a request that came when its pool, which is shut now, had a replica, and that has
+        somewhere else to go; None: it waits on. One whose client has some of its answer does."""
+        if visit.shut_out or visit.exchange.continuations:
+            return None
+        if not self.leaves(visit.order, visit.exchange, visit.principal):
+            return None
+        prospect = self._prospect(visit)
+        return None if prospect is None else Starting(prospect, others_first=True)
 
     async def turn(self, visit: Visit) -> None:
         """Until its waiter is told that it has its place. Raises `TimeoutError`, and what its waiter is told."""
@@ -107,7 +123,9 @@ class Holding:
     def starting(self, visit: Visit) -> Starting | None:
         """What it is told that has waited in vain; None: its pool is not one that starts."""
         prospect = self._prospect(visit) if self.is_shut(visit) else None
-        return None if prospect is None else Starting(prospect, visit.max_wait_s)
+        if prospect is None:
+            return None
+        return Starting(prospect, min(visit.max_wait_s, time.monotonic() - visit.entered_at))
 
     async def until_open(self, visit: Visit, relay: Relay) -> None:
         """It has its place, perhaps from a gateway that knows of the replica already: until this one does, too. Then
@@ -132,4 +150,8 @@ class Holding:
 
 
 def _nowhere(order: Order, exchange: Exchange) -> bool:
+    return False
+
+
+def _stays(order: Order, exchange: Exchange, caller: Principal) -> bool:
     return False

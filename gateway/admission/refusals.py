@@ -39,9 +39,10 @@ class Starting(NoReplicaAvailable):
 
     code = "model_starting"
 
-    def __init__(self, prospect: Prospect, waited_s: float | None = None) -> None:
+    def __init__(self, prospect: Prospect, waited_s: float | None = None, *, others_first: bool = False) -> None:
         """`waited_s`: how long it has waited; None: not at all. When to come back is up to a fifth later than the
-        replica is expected, so that not all come at once."""
+        replica is expected, so that not all come at once. `others_first`: it may wait when nobody else can answer."""
+        self.others_first = others_first
         waited = "" if waited_s is None else f", and none was ready within {waited_s:.1f} s"
         super().__init__(
             f"The model has no replica yet{waited}: {prospect.said}.",

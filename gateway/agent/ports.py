@@ -169,7 +169,10 @@ def _process(inode: int, proc: Path) -> str:
             for descriptor in os.listdir(folder / "fd"):
                 with contextlib.suppress(OSError):
                     if os.readlink(folder / "fd" / descriptor) == wanted:
-                        return f"{(folder / 'comm').read_text().strip()} (process {folder.name})"
+                        # Cut within a character perhaps, and whatever somebody chose.
+                        name = (folder / "comm").read_text("utf-8", "replace").strip()
+                        shown = "".join(each if each.isprintable() else "?" for each in name)
+                        return f"{shown} (process {folder.name})"
     return ""
 
 

@@ -65,7 +65,7 @@ def checked_host(text: str) -> str:
 
 def _looked_up(text: str) -> str:
     """A name may end in a dot, which says that it is whole: no search domain is tried."""
-    if text.endswith(".") and re.search(r"[A-Za-z_]", text):
+    if text.endswith(".") and ":" not in text and re.search(r"[A-Za-z_]", text):
         return checked_host(text.removesuffix(".")) + "."
     return checked_host(text)
 

@@ -215,6 +215,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self.expires_at = time.monotonic() + self.limits.header_timeout_s
 
     def on_message_begin(self) -> None:
+        if self._idle:  # it comes in one piece with the end of one that was answered early
+            self._begin()
         # uvicorn's part, the ASGI scope, is made only for requests that need one.
         self.url = b""
         self.headers = []

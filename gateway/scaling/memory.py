@@ -19,7 +19,7 @@ import msgspec
 from gateway.config import Settings
 from gateway.scaling.standing import STARTS, Change
 from routing.scaling import Implausible, Learned, Scaler
-from routing.scaling.learned import OLDEST_S
+from routing.scaling.learned import AHEAD_S, OLDEST_S
 
 logger = logging.getLogger("tidegate")
 
@@ -99,10 +99,11 @@ class Memory:
             return None
         self._heard = value
         taken = self._read(value, "the store")
-        if taken is None or taken.by == holder:
+        if taken is None or taken.by == holder or not self._adopt(taken, now, "another gateway", always=False):
             return None
-        self._adopt(taken, now, "another gateway", always=False)
-        return taken
+        # What is to come would stay the last of a history, for good.
+        latest = time.time() + AHEAD_S
+        return msgspec.structs.replace(taken, history=[each for each in taken.history if each.unix_s <= latest])
 
     def take(self, now: float, *, at_once: bool = False) -> None:
         """Once in `EVERY_S`, and first that long after the start; `at_once`: this gateway ends."""
@@ -123,16 +124,18 @@ class Memory:
         value = msgspec.json.encode(msgspec.structs.replace(taken, by=holder, starts=named, history=last))
         return value if len(value) <= MAX_BYTES else None
 
-    def _adopt(self, taken: Taken, now: float, whose: str, *, always: bool) -> None:
+    def _adopt(self, taken: Taken, now: float, whose: str, *, always: bool) -> bool:
+        """Whether it can be; it is not taken over where this scaler knows more."""
         age_s = time.time() - taken.at_unix_s
         try:
             if not always and not self._scaler.knows_less(taken.learned, age_s, now):
-                return
+                return True
             self._scaler.restore(taken.learned, age_s, now)
         except Implausible as error:
             self._refused(f"what {whose} had learned", str(error))
-            return
+            return False
         logger.info("pool %s: scaling goes on from what %s had learned %.0f s ago", self._pool, whose, max(0.0, age_s))
+        return True
 
     def _read(self, value: bytes, whence: str) -> Taken | None:
         try:

@@ -28,7 +28,7 @@ help.
 
 from __future__ import annotations
 
-from math import exp, log
+from math import exp, log, sqrt
 
 from routing.scaling.forecast import Smooth
 from routing.scaling.learned import LearnedCapacity, LearnedLine, age_at
@@ -47,6 +47,8 @@ SLOWEST = 1e-6
 """Units a second below which nothing can be learned from them."""
 STEADY_FOR_S = 60.0
 """While a spike ends, the last seconds are for a moment like the last minutes: that is not steady."""
+NO_CHANCE = 6.0
+"""Standard deviations of a count (of a Poisson process: its root) beyond which another number comes than before."""
 FULL_FOR_S = 30.0
 """Until what is served by full replicas is what they can serve: requests that filled them have to end first."""
 BUSY = 0.5
@@ -63,7 +65,7 @@ UNTRIED = 2.0
 """What it becomes in that way at most, times what was tried: a weekend without load says nothing of Monday."""
 UNTOLD_S = 900.0
 """For so long requests are taken to be as long as before when nobody tells: a gateway that was started again knows
-only after the first answers."""
+only after the first answers. And for so long an engine is taken to carry what it said when it says nothing any more."""
 
 
 class Line:
@@ -109,7 +111,8 @@ class Line:
         usual = w / (requests + b)
         """The slope where W doubles from an empty to a full replica."""
         doubt = (DOUBT * requests) ** 2
-        slope = (self._bw / self._weight - b * w + doubt * usual) / (self._bb / self._weight - b * b + doubt)
+        # Rounding can make the variance of loads that were all the same less than nothing.
+        slope = (self._bw / self._weight - b * w + doubt * usual) / (max(self._bb / self._weight - b * b, 0.0) + doubt)
         slope = min(max(slope, 0.0), STEEPEST * w / b if b else usual)
         return w + slope * (requests - b)
 
@@ -132,6 +135,7 @@ class Capacity:
         "_tokens",
         "_tokens_at",
         "_told",
+        "_told_at",
         "_tried",
         "late_by_load",
     )  # fmt: skip
@@ -144,6 +148,7 @@ class Capacity:
         self._line = Line()
         self._kv, self._kv_held = Smooth(OVER_S), Smooth(OVER_S)
         self._told: float | None = None
+        self._told_at = 0.0
         self._learned: float | None = None
         self._tried = 0.0
         self._at: float | None = None
@@ -156,6 +161,7 @@ class Capacity:
         """What the last period was like. `ready_for_s`: for how long the number of replicas has been the same;
         `steady`: arrivals are."""
         now, ready = demand.at_s, demand.replicas_ready
+        steady = steady and not self._jumped(demand)
         if not self._untold(demand):
             self._arrivals.observe(demand.arrivals_per_s, now)
             self._tokens.observe(demand.arrival_tokens_per_s, now)
@@ -164,7 +170,9 @@ class Capacity:
             self._by_tokens, self._line = by_tokens, Line()
             self._held, self._rate = Smooth(OVER_S), Smooth(OVER_S)
         if demand.capacity_requests:
-            self._told = demand.capacity_requests
+            self._told, self._told_at = demand.capacity_requests, now
+        elif ready and now - self._told_at >= UNTOLD_S:
+            self._told = None
         if ready:
             self._learn(demand, target_ms, ready_for_s, now - self._at if self._at is not None else 0.0)
             self._serve(demand, steady, ready_for_s >= SETTLED_S)
@@ -183,6 +191,7 @@ class Capacity:
             by_tokens=self._by_tokens,
             line=self._line.learned(now),
             told=self._told,
+            told_age_s=None if self._told is None else age_at(now, self._told_at),
             lowered=self._learned,
             tried=None if self._learned is None else self._tried,
             arrivals=self._arrivals.learned(now),
@@ -209,6 +218,7 @@ class Capacity:
         if learned.line is not None:
             self._line.restore(learned.line, then)
         self._told, self._learned, self._tried = learned.told, learned.lowered, learned.tried or 0.0
+        self._told_at = now - (learned.told_age_s or 0.0)
         self._untried(age_s)
         for smooth, aged in (
             (self._arrivals, learned.arrivals),
@@ -233,7 +243,7 @@ class Capacity:
     def requests(self) -> float | None:
         """What one replica carries at once. None: nobody has said, and it was never seen full."""
         known = [each for each in (self._told, self._learned, self._room) if each is not None]
-        return min(known, default=None)
+        return max(min(known), 1.0) if known else None  # one that is ready carries one, whatever is computed
 
     @property
     def _room(self) -> float | None:
@@ -262,6 +272,16 @@ class Capacity:
         if not self._tokens.value or self._arrivals.value is None or self._arrivals.value <= SLOWEST:
             return 1.0
         return self._tokens.value / self._arrivals.value
+
+    def _jumped(self, demand: Demand) -> bool:
+        """Whether so many more or fewer requests came in this period than lately that it is no chance: the first moment
+        after a spike has all of its requests, and none that come."""
+        usual = self._arrivals.value
+        if usual is None or self._at is None:
+            return False
+        passed_s = demand.at_s - self._at
+        expected = passed_s * usual
+        return abs(passed_s * demand.arrivals_per_s - expected) > NO_CHANCE * sqrt(max(expected, 1.0))
 
     def _untold(self, demand: Demand) -> bool:
         """Whether requests come of which nobody says how long they are, and somebody did a while ago."""

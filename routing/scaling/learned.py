@@ -29,6 +29,8 @@ _RATE = 1e12
 _REQUESTS = 1e9
 _SECONDS = 1e13
 _WEIGHT_S = 1e5
+_KV_LEAST = 0.01
+"""Of caches that are in use, all together: what is below `capacity.KV_LEAST` is not looked at."""
 _ABOUT = 200
 
 Aged = tuple[float, float]
@@ -58,6 +60,7 @@ class LearnedCapacity:
     by_tokens: bool
     line: LearnedLine | None = None
     told: float | None = None
+    told_age_s: float | None = None
     lowered: float | None = None
     """Requests that a replica was seen to carry where first tokens came late, and more the longer ago that is."""
     tried: float | None = None
@@ -158,10 +161,12 @@ def _capacity(found: LearnedCapacity) -> None:
         if aged is not None:
             _number(f"capacity.{name}", aged[0], 0.0, most)
             _age(f"capacity.{name}", aged[1])
+    if found.kv is not None and found.kv[0] < _KV_LEAST:
+        raise Implausible(f"capacity.kv is {found.kv[0]}")
     halves = ((found.kv, found.kv_held), (found.held, found.rate), (found.lowered, found.tried))
     if any((one is None) != (other is None) for one, other in halves):
         raise Implausible("capacity has one half of what it knows only as a whole")
-    for name in ("age_s", "tokens_age_s", "full_for_s", "steady_for_s"):
+    for name in ("age_s", "told_age_s", "tokens_age_s", "full_for_s", "steady_for_s"):
         age_s = getattr(found, name)
         if age_s is not None:
             _age(f"capacity.{name}", age_s)

@@ -54,6 +54,8 @@ STARTS = MOST_STARTS
 """The last ones that the lead time is taken from."""
 STARTS_LEAST = 3
 MOST_OF_THEM = 0.8
+MUCH_MORE = 1.25
+"""Beside one that decides, others see the same a moment later, and always a little less: nothing is gained by that."""
 
 
 class Scaler:
@@ -136,7 +138,7 @@ class Scaler:
         check(learned, self.about, age_s)
         other = Capacity()
         other.restore(learned.capacity, max(0.0, age_s), now)
-        return other.weight_s(now) > self._capacity.weight_s(now)
+        return other.weight_s(now) > MUCH_MORE * self._capacity.weight_s(now)
 
     def learned_start(self, seconds: float) -> None:
         """A replica took so long from its order until it was ready. What cannot be is passed over."""

@@ -295,6 +295,23 @@ async def test_a_chunked_body_is_cut_at_the_limit(edge: str) -> None:
 
 
 @both_edges
+async def test_a_request_behind_the_end_of_one_that_was_answered_early_has_deadlines_of_its_own(edge: str) -> None:
+    """Its head comes with the last bytes of a body that nobody waited for, in one piece."""
+    async with talking(edge, **{**SHORT, "header_timeout_s": 30, "keep_alive_s": 30}) as talk:
+        await talk.client.send(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n")
+        assert (await talk.client.reply()).status == 404
+        await talk.client.send(
+            b"abcd" + f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n".encode()
+        )
+        budget = talk.gateway.runtime.body_budget
+        await until(lambda: budget.used_bytes == 500)
+        await talk.client.send(b"{")
+        reply = await asyncio.wait_for(talk.refused(408), 10)
+        assert "body" in reply.json["error"]["message"]
+        assert budget.used_bytes == 0
+
+
+@both_edges
 async def test_the_stock_sdk_reads_the_refusal_of_a_large_body(edge: str) -> None:
     """The answer comes while the client still sends; it must not be lost to a reset."""
     async with FakeEngine() as engine, gateway_of(engine, edge) as gateway:

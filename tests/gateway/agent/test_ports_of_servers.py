@@ -71,9 +71,29 @@ def test_process_that_listens_is_named() -> None:
 
 
 @only_linux
+def test_process_may_be_called_anything() -> None:
+    """The kernel keeps 15 bytes of a name, and cuts within a character; and a name can have colours for a terminal."""
+    port = free_port()
+    script = (
+        "import socket, sys\n"
+        "open('/proc/self/comm', 'wb').write(b'\\x1b[31m modell\\xc3')\n"
+        f"s = socket.create_server(('127.0.0.1', {port}))\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        who = who_has("127.0.0.1", port)
+        other.communicate(b"")
+    assert who.isprintable()
+    assert who.endswith(f"modell\ufffd (process {other.pid}) listens there")
+
+
+@only_linux
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_connection_is_told_from_a_listener(family: socket.AddressFamily, host: str) -> None:
     with socket.create_server((host, 0), family=family) as listener, socket.socket(family) as client:
+        client.bind((host, 0))  # else the kernel may give the port to connections to others as well
         client.connect(listener.getsockname())
         taken, _ = listener.accept()
         port, far = client.getsockname()[1], listener.getsockname()[1]
@@ -92,6 +112,7 @@ def test_connection_is_told_from_a_listener(family: socket.AddressFamily, host: 
 @only_linux
 async def test_start_that_fails_for_a_connection_says_so_and_succeeds_once_that_is_closed(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.bind(("127.0.0.1", 0))
         client.connect(listener.getsockname())
         taken, _ = listener.accept()
         port = client.getsockname()[1]

@@ -35,7 +35,7 @@ def test_a_name_to_look_up_may_be_absolute(name: str) -> None:
     assert Dns(name=name, port=1).name == name
 
 
-@pytest.mark.parametrize("name", [".", "x..", ".x.", "10.0.0.1.", "::1.", "a b."])
+@pytest.mark.parametrize("name", [".", "x..", ".x.", "10.0.0.1.", "::1.", "a b.", "fe80::1."])
 def test_a_dot_does_not_make_a_name(name: str) -> None:
     with pytest.raises(ValidationError, match="host"):
         Dns(name=name, port=1)

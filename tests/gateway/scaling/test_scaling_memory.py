@@ -23,7 +23,7 @@ from gateway.scaling.memory import EVERY_S, LAST_CHANGES, Memory, Taken, kind_of
 from gateway.scaling.notes import PoolDemand, ReplicaRow
 from gateway.scaling.service import ScalingService
 from gateway.scaling.standing import FILE, Change, Hold, Kept, KeptPool, Standing, read_kept, write_kept
-from routing.scaling import Rules, Scaler
+from routing.scaling import Demand, Rules, Scaler
 from tests.support.learning import SERVES, taken, taught
 from tests.support.serving import settings_for
 
@@ -147,6 +147,43 @@ async def test_what_cannot_be_is_refused_once_in_the_log_and_costs_nothing_else(
     assert len(said) <= 2, "once of the file, once of the store"
     assert re.search(why, said[0])
     await service.aclose()
+
+
+async def test_of_what_is_refused_nothing_is_taken_over_and_of_a_history_nothing_that_is_to_come() -> None:
+    worker = Worker()
+    changes = [Change(time.time() - 60.0, 3, 1, "past"), Change(1e18, 4, 3, "to come")]
+    good = taken(taught(KIND), by="other", starts=[("a", 900.0)], history=changes)
+    worker.facts[f"{LEARNED}/pool"] = good.replace(b'"version":1', b'"version":2')
+    service = service_on(worker)
+    await service.round()
+    helm = service.helms["pool"]
+    assert not helm.starts
+    assert "past" not in [each.why for each in helm.history]
+    worker.facts[f"{LEARNED}/pool"] = good
+    await service.round()
+    assert helm.starts == [("a", 900.0)]
+    assert next(each.why for each in helm.history) == "past"
+    assert "to come" not in [each.why for each in helm.history]
+    await service.aclose()
+
+
+def test_gateways_that_see_the_same_do_not_take_it_over_from_each_other_again_and_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One that follows has seen a few seconds less, at all times."""
+    first, second = Scaler(Rules(max=4), "kind"), Scaler(Rules(max=4), "kind")
+    memory = Memory("pool", second, b"null")
+    caplog.set_level(logging.INFO, "tidegate")
+    for at in range(0, 7200, 5):
+        for scaler, begins in ((first, 0), (second, 600)):
+            if at >= begins:
+                seen = Demand(at_s=float(at), arrivals_per_s=2.0, served_per_s=2.0, in_flight=90, replicas_ready=1)
+                scaler.decide(replace(seen, capacity_requests=100.0), float(at))
+        if at >= 600:
+            memory.begin(float(at))
+            if at % 60 == 0:
+                memory.hear(taken(first.learned(float(at)), by="first", ago_s=2.5), "second", float(at))
+    assert [record.getMessage().startswith("pool pool: scaling goes on") for record in caplog.records] == [True]
 
 
 def test_it_is_taken_once_a_minute_and_told_as_often() -> None:

@@ -13,8 +13,11 @@ from typing import Any
 
 import httpx2
 import msgspec
+import pytest
 
+from gateway.admission import holding
 from gateway.config import Settings
+from gateway.inspection.door import Door
 from gateway.notices import HOLD, START
 from gateway.record import Outcome
 from gateway.scaling.standing import Hold
@@ -248,3 +251,184 @@ async def test_a_place_from_a_gateway_that_knows_of_the_replica_is_kept_until_th
             assert not done
             first.have(engine.url, max_in_flight=4)
             assert (await asked).status_code == 200
+
+
+async def test_what_is_in_line_when_the_last_replica_leaves_is_sent_to_its_fallback_at_once() -> None:
+    async with FakeEngine(hang=True) as old, FakeEngine(models=("other",)) as other:
+        models = {"m": {"backend": "pool", "fallbacks": [{"model": "other"}]}, "other": {"backend": "others"}}
+        others = {"engine": "openai", "replicas": [{"url": other.url}], "health": {"probe": False}}
+        sections: dict[str, Any] = {"models": models, "backends": {"others": others}}
+        async with held(old.url, replica={"max_in_flight": 1}, **sections) as side:
+            running = asyncio.create_task(side.ask())
+            await old.received(1)
+            in_line = asyncio.create_task(side.ask())
+            await side.waiting(1)
+            side.starts()
+            side.have()
+            async with asyncio.timeout(PATIENCE_S):  # and not after max_wait_s, which is 30
+                answer = await in_line
+            assert (answer.status_code, answer.headers["x-tidegate-model"]) == (200, "other"), answer.text
+            running.cancel()
+            await asyncio.wait([running])
+
+
+@pytest.mark.parametrize("usd_per_hour", [5.0, 0.000001])
+async def test_what_is_in_line_when_the_last_replica_leaves_is_sent_to_rented_ones_if_it_may(
+    usd_per_hour: float,
+) -> None:
+    async with FakeEngine(hang=True) as old, FakeEngine() as rented, FakeEngine() as new:
+        spill = {"backend": "rented", "price": {"input": 1.0, "output": 2.0}, "usd_per_day": 5.0}
+        spill["usd_per_hour"] = usd_per_hour
+        models = {"m": {"backend": "pool", "price": {"input": 0.0}, "spill": spill}}
+        host = {"engine": "openai", "hosted": True, "replicas": [{"url": rented.url}], "health": {"probe": False}}
+        sections: dict[str, Any] = {"models": models, "backends": {"rented": host}}
+        async with held(old.url, replica={"max_in_flight": 1}, **sections) as side:
+            running = asyncio.create_task(side.ask())
+            await old.received(1)
+            in_line = asyncio.create_task(side.ask())
+            await side.waiting(1)
+            side.starts()
+            side.have()
+            if usd_per_hour < 1.0:  # too dear: it stays in line for the next replica
+                done, _ = await asyncio.wait([in_line], timeout=1.5)
+                assert not done
+                side.have(new.url)
+            async with asyncio.timeout(PATIENCE_S):
+                answer = await in_line
+            assert answer.status_code == 200, answer.text
+            assert (len(rented.requests), len(new.requests)) == ((0, 1) if usd_per_hour < 1.0 else (1, 0))
+            running.cancel()
+            await asyncio.wait([running])
+
+
+@pytest.mark.parametrize("gap", [False, True])
+async def test_what_waits_for_a_replica_in_its_region_goes_to_one_that_has_come_since(gap: bool) -> None:
+    async with FakeEngine(hang=True) as full, FakeEngine() as far, FakeEngine() as new:
+
+        def backend(*urls: tuple[str, str], places: int = 1) -> dict[str, Any]:
+            return {"replicas": [{"url": url, "region": region, "max_in_flight": places} for url, region in urls]}
+
+        here = {"x-tidegate-region": "eu"}
+        first = (full.url, "eu"), (far.url, "us")
+        async with held(backend=backend(*first)) as side:
+            running = asyncio.create_task(side.ask(headers=here))
+            await full.received(1)
+            asked = asyncio.create_task(side.ask(headers=here))
+            async with asyncio.timeout(PATIENCE_S):
+                # Until it has given up the place that is of no use to it.
+                while [visit.granted for visit in side.gate.visits.values()] != [True, False]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            if gap:
+                side.starts()
+                side.gateway.runtime.reload(settings((), {}))
+                await side.waiting(1)
+                side.gateway.runtime.reload(settings((), {}, backend=backend((new.url, "eu"), places=4)))
+            else:
+                side.gateway.runtime.reload(settings((), {}, backend=backend(*first, (new.url, "eu"))))
+            async with asyncio.timeout(PATIENCE_S):
+                answer = await asked
+            assert (answer.status_code, len(new.requests)) == (200, 1), answer.text
+            running.cancel()
+            await asyncio.wait([running])
+
+
+async def test_who_has_a_place_at_a_replica_that_is_not_found_is_told_how_long_it_really_waited(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "OPEN_WITHIN_S", 0.3)
+    async with FakeEngine() as engine:
+        behind = held(store=redis_server.url)
+        ahead = held(engine.url, replica={"max_in_flight": 4}, store=redis_server.url)
+        async with behind as first, ahead as second:
+            first.starts()
+            asked = asyncio.create_task(first.ask())
+            await first.waiting(1)
+            async with asyncio.timeout(PATIENCE_S):
+                while not asked.done():
+                    assert (await second.ask()).status_code == 200
+            answer = await asked
+            assert answer.json()["error"]["code"] == "model_starting"
+            assert "within 300.0 s" not in answer.json()["error"]["message"]
+
+
+async def play(side: Held, door: Door) -> int:
+    headers = [("x-tidegate-trial", '{"policy": "round_robin"}')]
+    raw = msgspec.json.encode(CHAT)
+    async with door.ask(side.gateway.runtime.settings, "/v1/chat/completions", headers, raw) as answer:
+        return answer.status
+
+
+async def test_a_trial_of_a_policy_waits_where_its_replicas_start_and_asks_no_fallback() -> None:
+    async with FakeEngine(models=("other",)) as other, FakeEngine() as engine:
+        models = {"m": {"backend": "pool", "fallbacks": [{"model": "other"}]}, "other": {"backend": "others"}}
+        others = {"engine": "openai", "replicas": [{"url": other.url}], "health": {"probe": False}}
+        async with held(models=models, backends={"others": others}) as side:
+            runtime = side.gateway.runtime
+            runtime.trial_secret = "s" * 43
+            door = Door((side.gateway.host, side.gateway.port), runtime.trial_secret)
+            side.starts()
+            asked = asyncio.create_task(play(side, door))
+            await side.waiting(1)
+            side.have(engine.url)
+            assert await asked == 200
+            assert (len(engine.requests), len(other.requests)) == (1, 0)
+
+
+async def test_what_a_fallback_has_no_more_room_in_line_for_waits_where_its_own_replicas_start() -> None:
+    async with FakeEngine(models=("other",), hang=True) as other, FakeEngine() as engine:
+        models = {"m": {"backend": "pool", "fallbacks": [{"model": "other"}]}, "other": {"backend": "others"}}
+        others = {"engine": "openai", "replicas": [{"url": other.url, "max_in_flight": 1}], "health": {"probe": False}}
+        others["queue"] = {"max_waiting_per_tenant": 1}
+        async with held(models=models, backends={"others": others}) as side:
+            side.starts()
+            filling = [asyncio.create_task(side.ask(model="other"))]
+            await other.received(1)
+            filling.append(asyncio.create_task(side.ask(model="other")))
+            await side.waiting(1)
+            asked = asyncio.create_task(side.ask())
+            await side.waiting(2)
+            side.have(engine.url)
+            answer = await asked
+            assert (answer.status_code, len(engine.requests)) == (200, 1), answer.text
+            for each in filling:
+                each.cancel()
+            await asyncio.wait(filling)
+
+
+async def test_a_trial_of_a_policy_that_is_in_line_when_the_last_replica_leaves_is_not_sent_to_rented_ones() -> None:
+    async with FakeEngine(hang=True) as old, FakeEngine() as rented, FakeEngine() as new:
+        spill = {"backend": "rented", "price": {"input": 1.0, "output": 2.0}, "usd_per_day": 5.0, "usd_per_hour": 5.0}
+        models = {"m": {"backend": "pool", "price": {"input": 0.0}, "spill": spill}}
+        host = {"engine": "openai", "hosted": True, "replicas": [{"url": rented.url}], "health": {"probe": False}}
+        sections: dict[str, Any] = {"models": models, "backends": {"rented": host}}
+        async with held(old.url, replica={"max_in_flight": 1}, **sections) as side:
+            side.gateway.runtime.trial_secret = "s" * 43
+            running = asyncio.create_task(side.ask())
+            await old.received(1)
+            asked = asyncio.create_task(play(side, Door((side.gateway.host, side.gateway.port), "s" * 43)))
+            await side.waiting(1)
+            side.starts()
+            side.have()
+            done, _ = await asyncio.wait([asked], timeout=1.5)
+            assert not done
+            side.have(new.url)
+            assert await asked == 200
+            assert (len(new.requests), len(rented.requests)) == (1, 0)
+            running.cancel()
+            await asyncio.wait([running])
+
+
+async def test_none_is_kept_for_minutes_while_half_of_the_memory_for_bodies_is_taken() -> None:
+    async with (
+        held(server={"max_in_flight_bytes": 1_000_000, "max_body_bytes": 500_000}) as side,
+        FakeEngine() as engine,
+    ):
+        side.starts(lead_s=100.0)
+        large = {**CHAT, "messages": [{"role": "user", "content": "x" * 300_000}]}
+        waiting = [asyncio.create_task(side.ask(messages=large["messages"])) for _ in range(2)]
+        await side.waiting(1)  # the second has found half of it taken, itself included
+        refused = next(done.result() for done in (await asyncio.wait(waiting, return_when="FIRST_COMPLETED"))[0])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_starting")
+        assert side.gate.waiting == 1
+        side.have(engine.url)
+        assert sorted([answer.status_code for answer in await asyncio.gather(*waiting)]) == [200, 503]

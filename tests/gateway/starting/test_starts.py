@@ -168,6 +168,21 @@ async def test_a_pool_is_shut_while_nobody_is_there_and_opened_by_and_by() -> No
     assert doors.width(pool, 11.0) is None
 
 
+async def test_one_refused_connection_at_a_replica_that_is_at_work_does_not_shut_its_pool() -> None:
+    notices, clock = Notices(), Clock()
+    doors, pool = Doors(starts(notices, clock)), await a_pool(1)
+    (replica,) = pool.replicas
+    post(notices, START, "pool/1", StartNote(1, NOW))
+    replica.in_flight = 200
+    replica.health.cooldown.failed(0.0)
+    assert doors.width(pool, 0.1) is None  # as ever: routing tries it, and 200 streams go on there
+    replica.in_flight = 0
+    assert doors.width(pool, 0.2) == 0
+    replica.in_flight = 1  # what is tried at one that is not there is no work
+    assert doors.width(pool, 0.3) == 0
+    assert doors.width(pool, 0.6) == FIRST
+
+
 async def test_a_replica_that_was_not_seen_to_work_yet_is_as_good_as_none_and_a_pool_stays_shut_until_it_was() -> None:
     notices, clock = Notices(), Clock()
     doors, pool = Doors(starts(notices, clock)), await a_pool(1)

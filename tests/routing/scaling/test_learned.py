@@ -278,3 +278,44 @@ def test_a_weekend_without_load_does_not_make_a_replica_carry_hundreds_of_times_
     quiet = busy(0.1, 10, 0.2, capacity_requests=None)
     lived(scaler, [(quiet, 4000)], 200.0, 60.0)
     assert scaler.capacity_requests == pytest.approx(2.0 * tried)
+
+
+@pytest.mark.parametrize(
+    "spoilt_capacity",
+    [
+        {"told": 1e-300},
+        {"lowered": 1e-300, "tried": 1e-300},
+        {"kv": (1.0, 0.0), "kv_held": (1e-200, 0.0)},
+        {"kv": (1e-200, 0.0), "kv_held": (1e9, 0.0)},
+    ],
+)
+def test_no_capacity_that_is_taken_over_stops_a_scaler(spoilt_capacity: dict[str, Any]) -> None:
+    """Where all loads seen were much the same, so that the line has no slope of its own."""
+    scaler, at = taught()
+    learned = scaler.learned(at)
+    assert learned.capacity.line is not None
+    line = replace(learned.capacity.line, weight=512.0, b=512.0 * 8.0, bb=512.0 * 64.0)
+    capacity = replace(learned.capacity, line=line, **{"told": None, **spoilt_capacity})
+    other = Scaler(RULES, "kind")
+    try:
+        other.restore(over_the_wire(replace(learned, capacity=capacity)), 5.0, at)
+    except Implausible:
+        return
+    calm = replace(steady(75.0), capacity_requests=None)
+    lived(other, [(calm, 100)], at + 5.0, 5.0)
+    assert (other.capacity_requests or 1.0) >= 1.0
+
+
+def test_what_an_engine_said_of_its_capacity_is_forgotten_when_no_engine_says_it_any_more() -> None:
+    """Nothing else would ever raise it: a new engine that tells nothing would be taken for the old one for good."""
+    scaler, at = taught()
+    untold = replace(steady(75.0), capacity_requests=None)
+    learned = scaler.learned(at)
+    assert learned.capacity.told is not None
+    low = replace(learned, capacity=replace(learned.capacity, told=1.5))
+    other = Scaler(RULES, "kind")
+    other.restore(low, 5.0, at)
+    lived(other, [(untold, 300)], at + 5.0, 5.0)
+    assert other.learned(at + 1505.0).capacity.told is None
+    lived(scaler, [(steady(75.0), 300)], at + 5.0, 5.0)  # it is said again and again
+    assert scaler.learned(at + 1505.0).capacity.told == learned.capacity.told
