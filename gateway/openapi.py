@@ -80,6 +80,7 @@ _INFERENCE: Errors = {
         "upstream_overloaded",
         "adapter_unavailable",
         "no_replica_available",
+        "model_starting",
         "gateway_draining",
         "ended_by_operator",
     ),

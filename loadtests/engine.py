@@ -122,9 +122,16 @@ class FakeEngine:
         if self.uds is not None:
             self._servers = [await loop.create_unix_server(connect, self.uds)]
             return
-        self._ports = tuple(port or free_port() for port in self._ports)
-        for port in self._ports:
-            self._servers.append(await loop.create_server(connect, "127.0.0.1", port, backlog=4096))
+        ports: list[int] = []
+        try:
+            for port in self._ports:
+                server, listening_at = await _listen(loop, connect, port)
+                self._servers.append(server)
+                ports.append(listening_at)
+        except OSError:
+            await self.stop()
+            raise
+        self._ports = tuple(ports)
 
     async def stop(self) -> None:
         """Refuse new connections and drop the open ones."""
@@ -169,6 +176,18 @@ class FakeEngine:
     def changed(self) -> None:
         for waiting in self._waiting:
             waiting.set()
+
+
+async def _listen(
+    loop: asyncio.AbstractEventLoop, connect: Callable[[], Connection], port: int
+) -> tuple[asyncio.Server, int]:
+    """A server on this port, or for 0 on one that is free, even if somebody else takes it at the same time."""
+    for _ in range(0 if port else 20):
+        chosen = free_port()
+        with contextlib.suppress(OSError):
+            return await loop.create_server(connect, "127.0.0.1", chosen, backlog=4096), chosen
+    chosen = port or free_port()
+    return await loop.create_server(connect, "127.0.0.1", chosen, backlog=4096), chosen
 
 
 def _remove(path: str) -> None:

@@ -176,8 +176,7 @@ async def test_failing_start_is_told_with_its_reason_and_a_new_one_that_fails_st
         await fleet.said("box-pool-0  ended with exit code 1 .*out of memory.*; starts again in")
         fleet.again()
         await fleet.said("pool  stopped starting servers anew: box-pool-0 .*; the other one runs on as before")
-        found = await members(gateway, client)
-        assert [found[name]["state"] for name in sorted(found)] == ["starting", "ready"]
+        await until_members(gateway, client, {"box-pool-0": "starting", "box-pool-1": "ready"})
         assert await chat(client, await gateway.url()) == 200
 
 
