@@ -19,9 +19,7 @@ def longest_wait_s(order: Order, queue: Queue, ttft_s: float, spent_s: float) ->
     streaming the client's own read time-out counts as well, since nothing reaches it before the answer is whole; a
     stream is kept open by heartbeats.
     """
-    deadline_s = order.total_s
-    if order.read_timeout_s is not None and not order.request.stream:
-        deadline_s = min(deadline_s, order.read_timeout_s)
+    deadline_s = _deadline_s(order)
     left_s = max(0.0, deadline_s - spent_s - ttft_s)
     if order.flexible:
         return left_s
@@ -35,13 +33,17 @@ START_WAIT_S = 300.0
 def longest_start_wait_s(order: Order, queue: Queue, ttft_s: float, spent_s: float) -> float:
     """The same for a pool that has no replica yet: as long as `start_wait_s` allows, and what is left of the deadline
     after `spent_s` and a usual time to first token. Flexible requests wait as long as the last allows."""
-    deadline_s = order.total_s
-    if order.read_timeout_s is not None and not order.request.stream:
-        deadline_s = min(deadline_s, order.read_timeout_s)
-    left_s = max(0.0, deadline_s - spent_s - ttft_s)
+    left_s = max(0.0, _deadline_s(order) - spent_s - ttft_s)
     if order.flexible:
         return left_s
     return min(left_s, START_WAIT_S if queue.start_wait_s is None else queue.start_wait_s)
+
+
+def _deadline_s(order: Order) -> float:
+    """What whoever asked allows, from the first byte to the last."""
+    if order.read_timeout_s is not None and not order.request.stream:
+        return min(order.total_s, order.read_timeout_s)
+    return order.total_s
 
 
 class ToldWaits:

@@ -63,7 +63,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     with asyncio.Runner(loop_factory=factory) as first:
         first.run(asyncio.sleep(0))  # the first uvloop of a process opens what it keeps for all
     gc.collect()
-    before = (set(os.listdir("/proc/self/fd")), threading.active_count())
+    before, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
 
     def run(scenario: Coroutine[Any, Any, None]) -> None:
         with asyncio.Runner(loop_factory=factory) as runner:
@@ -71,7 +71,8 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
     yield run
     gc.collect()
-    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert not set(threading.enumerate()) - threads
 
 
 @pytest.fixture

@@ -234,23 +234,31 @@ async def test_a_stream_is_kept_open_while_it_waits_and_told_in_an_event_when_th
         assert "[DONE]" not in answer.text
 
 
-async def test_a_place_from_a_gateway_that_knows_of_the_replica_is_kept_until_this_one_knows_too(
-    redis_server: RedisServer,
-) -> None:
+@asynccontextmanager
+async def one_ahead(store: str) -> AsyncIterator[tuple[Held, Held, FakeEngine, asyncio.Task[httpx2.Response]]]:
+    """Two gateways on one Redis, of which only the second has found the replica, and a request that waits at the
+    first."""
     async with FakeEngine() as engine:
-        behind = held(store=redis_server.url)
-        ahead = held(engine.url, replica={"max_in_flight": 4}, store=redis_server.url)
+        behind = held(store=store)
+        ahead = held(engine.url, replica={"max_in_flight": 4}, store=store)
         async with behind as first, ahead as second:
             first.starts()
             asked = asyncio.create_task(first.ask())
             await first.waiting(1)
-            async with asyncio.timeout(PATIENCE_S):
-                while not any(visit.granted for visit in first.gate.visits.values()):
-                    assert (await second.ask()).status_code == 200  # each looks who is next
-            done, _ = await asyncio.wait([asked], timeout=0.5)
-            assert not done
-            first.have(engine.url, max_in_flight=4)
-            assert (await asked).status_code == 200
+            yield first, second, engine, asked
+
+
+async def test_a_place_from_a_gateway_that_knows_of_the_replica_is_kept_until_this_one_knows_too(
+    redis_server: RedisServer,
+) -> None:
+    async with one_ahead(redis_server.url) as (first, second, engine, asked):
+        async with asyncio.timeout(PATIENCE_S):
+            while not any(visit.granted for visit in first.gate.visits.values()):
+                assert (await second.ask()).status_code == 200  # each looks who is next
+        done, _ = await asyncio.wait([asked], timeout=0.5)
+        assert not done
+        first.have(engine.url, max_in_flight=4)
+        assert (await asked).status_code == 200
 
 
 async def test_what_is_in_line_when_the_last_replica_leaves_is_sent_to_its_fallback_at_once() -> None:
@@ -336,19 +344,13 @@ async def test_who_has_a_place_at_a_replica_that_is_not_found_is_told_how_long_i
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holding, "OPEN_WITHIN_S", 0.3)
-    async with FakeEngine() as engine:
-        behind = held(store=redis_server.url)
-        ahead = held(engine.url, replica={"max_in_flight": 4}, store=redis_server.url)
-        async with behind as first, ahead as second:
-            first.starts()
-            asked = asyncio.create_task(first.ask())
-            await first.waiting(1)
-            async with asyncio.timeout(PATIENCE_S):
-                while not asked.done():
-                    assert (await second.ask()).status_code == 200
-            answer = await asked
-            assert answer.json()["error"]["code"] == "model_starting"
-            assert "within 300.0 s" not in answer.json()["error"]["message"]
+    async with one_ahead(redis_server.url) as (_, second, _, asked):
+        async with asyncio.timeout(PATIENCE_S):
+            while not asked.done():
+                assert (await second.ask()).status_code == 200
+        answer = await asked
+        assert answer.json()["error"]["code"] == "model_starting"
+        assert "within 300.0 s" not in answer.json()["error"]["message"]
 
 
 async def play(side: Held, door: Door) -> int:
