@@ -65,17 +65,16 @@ async def test_a_session_that_is_not_used_ends_before() -> None:
 
 async def test_what_waits_for_the_end_hears_of_it_though_nobody_asks() -> None:
     """The loop's own clock: the timer has to be armed again where the session was used in between."""
-    chosen = Settings.model_construct(lifetime_s=3600.0, idle_s=0.3, max_per_name=20)
+    chosen = Settings.model_construct(lifetime_s=3600.0, idle_s=1.0, max_per_name=20)
     known = Sessions(lambda: chosen)
     id, session = known.open("jo", Who.OWNER)
     begin = asyncio.get_running_loop().time()
-    async with asyncio.timeout(0.2):
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(session.ended.wait(), 0.15)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(session.ended.wait(), 0.3)
     assert known.find(id) is session
     async with asyncio.timeout(10):
         await session.ended.wait()
-    assert asyncio.get_running_loop().time() - begin >= 0.4
+    assert asyncio.get_running_loop().time() - begin >= 1.2
     assert len(known) == 0
 
 
