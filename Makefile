@@ -6,7 +6,7 @@
 #
 # Variables: PYTHON (interpreter), VENV (default .venv), PORT and ADMIN_PORT (default 7400 and 7401),
 #            CONFIG (a configuration file), REPLICAS (of the demo, default 2), ARGS (handed to pytest, the benchmark or the load test),
-#            JOBS (processes of `make test`, default 5).
+#            JOBS (processes of `make test`, default 4).
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -21,7 +21,7 @@ ADMIN_PORT ?=
 REPLICAS ?=
 CONFIG ?=
 ARGS ?=
-JOBS ?= 5
+JOBS ?= 4
 
 py := $(VENV)/bin/python
 setup := PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh

@@ -1,10 +1,10 @@
 #!/bin/sh
 # All tests: first those that measure time or break things that others would feel, one after the other; then those that
-# must be on time but wait for most of it, three at once; then the rest in five processes: most tests wait for sockets and
-# other processes, and fewer of them leave two cores idle for a quarter of the time. Arguments are handed to pytest, each
+# must be on time but wait for most of it, three at once; then the rest in four processes: most tests wait for sockets and
+# other processes, and two of them leave two cores idle half of the time. Arguments are handed to pytest, each
 # time.
 #
-#   PYTHON  the environment's interpreter    JOBS  processes of the last part (default 5)
+#   PYTHON  the environment's interpreter    JOBS  processes of the last part (default 4)
 set -u
 python=${PYTHON:-.venv/bin/python}
 
@@ -38,7 +38,7 @@ part() {
 # has been seen to wait for ever at the end.
 part alone -m 'not slow and alone' "$@"
 part quiet -m 'not slow and quiet' -n 3 --dist loadfile --max-worker-restart 0 "$@"
-part rest -m 'not slow and not alone and not quiet' -n "${JOBS:-5}" --dist loadfile --max-worker-restart 0 "$@"
+part rest -m 'not slow and not alone and not quiet' -n "${JOBS:-4}" --dist loadfile --max-worker-restart 0 "$@"
 
 [ -n "$failed" ] && echo "tests failed, above, in:$failed" >&2
 exit "$result"
