@@ -34,7 +34,6 @@ class Doors:
         self._exists = exists
         self._opened_at: dict[str, float | None] = {}
         """By pool; None: it is shut. The pools that are open have no entry."""
-
         self._hoped_at: dict[str, float] = {}
         """When a replica was last known to come, of pools that are shut."""
 

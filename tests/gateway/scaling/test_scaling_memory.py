@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,34 +19,27 @@ from gateway.config import Settings
 from gateway.notices import AGENT, DEMAND, LEARNED, ORDER
 from gateway.scaling.combining import PoolView, by_pool
 from gateway.scaling.memory import EVERY_S, LAST_CHANGES, Memory, Taken, kind_of, merged
-from gateway.scaling.notes import PoolDemand, ReplicaRow
+from gateway.scaling.notes import PoolDemand
 from gateway.scaling.service import ScalingService
 from gateway.scaling.standing import FILE, Change, Hold, Kept, KeptPool, Standing, read_kept, write_kept
 from routing.scaling import Demand, Rules, Scaler
 from tests.support.learning import SERVES, taken, taught
+from tests.support.scaled_worker import ScaledWorker
 from tests.support.serving import settings_for
 
 BACKEND = {"scaling": {"max": 4}}
 
 
-class Worker:
+class Worker(ScaledWorker):
     """The one worker, and the store behind it."""
 
     def __init__(self) -> None:
-        self.facts: dict[str, bytes] = {}
+        super().__init__()
         self.told: list[str] = []
-        rows = [ReplicaRow(name, name, 1) for name in ("a", "b")]
-        self.facts[f"{DEMAND}/pool/w0"] = msgspec.json.encode(PoolDemand("life", 5.0, replicas=rows))
-
-    async def notices(self, kind: str) -> Mapping[str, bytes]:
-        return {key: value for key, value in self.facts.items() if key.startswith(f"{kind}/")}
 
     async def announce(self, key: str, value: bytes, ttl_s: float | None) -> None:
-        self.facts[key] = value
+        await super().announce(key, value, ttl_s)
         self.told.append(key)
-
-    async def retract(self, key: str) -> None:
-        self.facts.pop(key, None)
 
     async def claim(self, lease: str, holder: str, ttl_s: float) -> bool:
         for _ in range(100):  # it takes a while, as a store does

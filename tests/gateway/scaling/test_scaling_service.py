@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,34 +13,26 @@ import msgspec
 
 from gateway.admin.desk import Desk
 from gateway.config import Settings
-from gateway.notices import DEMAND, HOLD, ORDER
+from gateway.notices import HOLD, ORDER
 from gateway.scaling.agents import PoolReport, Report
-from gateway.scaling.notes import PoolDemand, ReplicaRow
 from gateway.scaling.service import ScalingService
 from gateway.scaling.standing import FILE, Hold, Kept, KeptPool, Leaving, Standing, write_kept
+from tests.support.scaled_worker import ScaledWorker
 from tests.support.serving import settings_for
 
 SLOW = {"provider": "command", "command": {"words": [sys.executable, "-c", "import time; time.sleep(60)"]}}
 
 
-class Worker:
+class Worker(ScaledWorker):
     """The one worker, and the store behind it."""
 
     def __init__(self) -> None:
-        self.facts: dict[str, bytes] = {}
+        super().__init__()
         self.draining: set[str] = set()
         self.claims: list[tuple[str, float]] = []
-        rows = [ReplicaRow(name, name, 1) for name in ("a", "b")]
-        self.facts[f"{DEMAND}/pool/w0"] = msgspec.json.encode(PoolDemand("life", 5.0, replicas=rows))
-
-    async def notices(self, kind: str) -> Mapping[str, bytes]:
-        return {key: value for key, value in self.facts.items() if key.startswith(f"{kind}/")}
-
-    async def announce(self, key: str, value: bytes, ttl_s: float | None) -> None:
-        self.facts[key] = value
 
     async def retract(self, key: str) -> None:
-        self.facts.pop(key, None)
+        await super().retract(key)
         if key.startswith("drain/"):
             self.draining.discard(key.rpartition("/")[2])
 

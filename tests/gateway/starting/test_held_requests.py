@@ -261,23 +261,32 @@ async def test_a_place_from_a_gateway_that_knows_of_the_replica_is_kept_until_th
         assert (await asked).status_code == 200
 
 
+@asynccontextmanager
+async def left_by_the_last(
+    old: FakeEngine, sections: dict[str, Any]
+) -> AsyncIterator[tuple[Held, asyncio.Task[httpx2.Response]]]:
+    """A request in line, behind one that never ends, when their replica leaves and another one starts."""
+    async with held(old.url, replica={"max_in_flight": 1}, **sections) as side:
+        running = asyncio.create_task(side.ask())
+        await old.received(1)
+        in_line = asyncio.create_task(side.ask())
+        await side.waiting(1)
+        side.starts()
+        side.have()
+        yield side, in_line
+        running.cancel()
+        await asyncio.wait([running])
+
+
 async def test_what_is_in_line_when_the_last_replica_leaves_is_sent_to_its_fallback_at_once() -> None:
     async with FakeEngine(hang=True) as old, FakeEngine(models=("other",)) as other:
         models = {"m": {"backend": "pool", "fallbacks": [{"model": "other"}]}, "other": {"backend": "others"}}
         others = {"engine": "openai", "replicas": [{"url": other.url}], "health": {"probe": False}}
         sections: dict[str, Any] = {"models": models, "backends": {"others": others}}
-        async with held(old.url, replica={"max_in_flight": 1}, **sections) as side:
-            running = asyncio.create_task(side.ask())
-            await old.received(1)
-            in_line = asyncio.create_task(side.ask())
-            await side.waiting(1)
-            side.starts()
-            side.have()
+        async with left_by_the_last(old, sections) as (_, in_line):
             async with asyncio.timeout(PATIENCE_S):  # and not after max_wait_s, which is 30
                 answer = await in_line
             assert (answer.status_code, answer.headers["x-tidegate-model"]) == (200, "other"), answer.text
-            running.cancel()
-            await asyncio.wait([running])
 
 
 @pytest.mark.parametrize("usd_per_hour", [5.0, 0.000001])
@@ -290,13 +299,7 @@ async def test_what_is_in_line_when_the_last_replica_leaves_is_sent_to_rented_on
         models = {"m": {"backend": "pool", "price": {"input": 0.0}, "spill": spill}}
         host = {"engine": "openai", "hosted": True, "replicas": [{"url": rented.url}], "health": {"probe": False}}
         sections: dict[str, Any] = {"models": models, "backends": {"rented": host}}
-        async with held(old.url, replica={"max_in_flight": 1}, **sections) as side:
-            running = asyncio.create_task(side.ask())
-            await old.received(1)
-            in_line = asyncio.create_task(side.ask())
-            await side.waiting(1)
-            side.starts()
-            side.have()
+        async with left_by_the_last(old, sections) as (side, in_line):
             if usd_per_hour < 1.0:  # too dear: it stays in line for the next replica
                 done, _ = await asyncio.wait([in_line], timeout=1.5)
                 assert not done
@@ -305,8 +308,6 @@ async def test_what_is_in_line_when_the_last_replica_leaves_is_sent_to_rented_on
                 answer = await in_line
             assert answer.status_code == 200, answer.text
             assert (len(rented.requests), len(new.requests)) == ((0, 1) if usd_per_hour < 1.0 else (1, 0))
-            running.cancel()
-            await asyncio.wait([running])
 
 
 @pytest.mark.parametrize("gap", [False, True])
